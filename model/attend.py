@@ -253,7 +253,7 @@ class Attend:
     starts: Tensor | None = None
     """Offsets of the documents among the tokens of all rows; see `document_starts`."""
     key_starts: Tensor | None = None
-    """In a chunk: their offsets among the keys; see `document_tails`."""
+    """Offsets of the documents of a chunk among its keys; see `document_tails`."""
     window: int = 0
     """Without a mask: latest keys that a query sees, itself among them; 0: all."""
     slopes: Tensor | None = None
@@ -263,9 +263,9 @@ class Attend:
     """First key of the cache, or of the row, that any query sees."""
     share: RowShare | None = None
     chunks: tuple["Attend", ...] = ()
-    """With a share: what the queries of each chunk attend to, for the chunks of this process in order."""
+    """What the queries of each chunk of this process attend to, in order; empty without a share."""
     end: int = 0
-    """In a chunk: number of keys of the row up to its last query."""
+    """Number of keys of the row up to the last query of a chunk."""
 
     @property
     def is_plainly_causal(self) -> bool:

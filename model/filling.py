@@ -18,7 +18,7 @@ class Held(NamedTuple):
     """What this process holds of a parameter."""
 
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     parts: Sequence[tuple[Tensor, tuple[slice, ...]]]
     """Views of its memory, and which part of the whole each is: a slice for each dimension."""
 

@@ -88,7 +88,7 @@ class Experts(nn.Module):
         super().__init__()
         self.ops = ops
         self.num_experts = config.num_local_experts
-        """Those of all processes."""
+        """Number of the experts of all processes."""
         num, width, hidden = config.num_local_experts, config.moe_intermediate_size, config.hidden_size
         if ops.names["experts"] == "grouped" and (hidden % 8 or width % 8):
             raise ValueError(

@@ -40,8 +40,9 @@ class Part:
     in_flight: float = 1.0
     """Micro-batches whose activations it keeps at once."""
     stages: int = 1
-    """Of the pipeline, each of which runs by itself."""
+    """Stages of the pipeline that it holds, each of which runs by itself."""
     expert_size: int = 1
+    """Ranks that share the experts."""
 
     def own(self, shapes: Shapes) -> Shapes:
         """The parameters that it holds.

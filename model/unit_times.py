@@ -21,7 +21,7 @@ class UnitTimes:
     sizes: list[int]
     embedding: list[tuple[float, float]]
     block: list[tuple[float, float]]
-    """Of the first block."""
+    """Times of the first block."""
     head: list[tuple[float, float]]
 
     def of(self, rows: float, flops: Sequence[float]) -> list[tuple[float, float]]:

@@ -10,6 +10,9 @@ from utils.options import OnlyWith, Refused, refuse, require_not_negative, requi
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
 )  # fmt: skip
+_SIZES_OF_STAGES = tuple(name for name in _SIZES if name != "pipeline_model_parallel_size")
+"""Sizes of the dimensions whose ranks share a stage."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -212,7 +215,7 @@ REFUSED = (
     ),
     Refused(
         ("pipeline_schedule",),
-        lambda f: _has_pipeline(f) and _is_split(f) and any(f[name] > 1 for name in _SIZES if name[:4] != "pipe"),
+        lambda f: _has_pipeline(f) and _is_split(f) and any(f[name] > 1 for name in _SIZES_OF_STAGES),
         "takes the gradients of weights apart from those of inputs, in an order that ranks which share matrices, "
         "experts or rows would not agree on: give --pipeline_schedule=interleaved",
     ),

@@ -30,7 +30,7 @@ class Named(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what this rank holds."""
+        """Shape of what this rank holds."""
 
     @property
     def held(self) -> Piece | None:

@@ -63,13 +63,14 @@ def new_ddp(parts: EngineParts) -> DistributedDataParallel:
         collectives=collectives,
         sums=sums,
     )
-    _require_alignment(ddp, parts)
+    # The stages of a pipeline differ in their parameters.
+    parts.context.gather_from(lambda: _require_alignment(ddp, parts))
     ddp.use_hook(_new_hook(parts, ddp))
     return ddp
 
 
 def _require_alignment(ddp: DistributedDataParallel, parts: EngineParts) -> None:
-    """See that no rank's part of a parameter begins where the optimizer cannot cut it. The same on all ranks.
+    """See that no part of a parameter that this rank holds begins where the optimizer cannot cut it.
 
     Raises:
         ValueError: one does; names the parameter.

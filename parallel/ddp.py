@@ -78,7 +78,7 @@ class DistributedDataParallel(nn.Module):
         self.observer = observer or Observer(context)
         self.overlap_grad_reduce = overlap_grad_reduce
         self.collectives = collectives or Collectives(context.grad_group)
-        """Those of all ranks."""
+        """Collectives of all ranks."""
         if sums is None:
             broadcast_parameters(module, context.grad_group)
         # named_parameters yields a tied tensor once, at its first use.

@@ -50,6 +50,9 @@ class Outline:
     """Whether it is a stack of experts (E, outputs, inputs)."""
     is_sharded: bool = False
     """Whether FSDP cuts it."""
+    is_float32: bool = False
+    """Whether it stays in float32, whatever the dtype to compute in: steps of a router's bias are too small for 16
+    bits."""
 
 
 class Held(NamedTuple):
@@ -58,7 +61,7 @@ class Held(NamedTuple):
     piece: Piece
     """Its boxes, in the order of the rank's memory."""
     shape: tuple[int, ...]
-    """Of the rank's own tensor."""
+    """Shape of the rank's own tensor."""
 
 
 class Kind(NamedTuple):
@@ -74,7 +77,8 @@ class Kind(NamedTuple):
     """The pipe ranks that hold it."""
 
 
-def _everywhere(name: str) -> tuple[int, ...]:
+def everywhere(name: str) -> tuple[int, ...]:
+    """The pipe ranks that hold a parameter where there is no pipeline."""
     return (0,)
 
 
@@ -88,7 +92,7 @@ class Division:
 
     def __init__(
         self, outlines: Mapping[str, Outline], mesh: Mesh,
-        stages_of: Callable[[str], Collection[int]] = _everywhere,
+        stages_of: Callable[[str], Collection[int]] = everywhere,
     ):  # fmt: skip
         self.outlines, self.mesh, self._stages_of = dict(outlines), mesh, stages_of
         self._found: dict[tuple[str, Kind, int], tuple[int, ...]] = {}
@@ -150,8 +154,12 @@ class Division:
     def counts(self, name: str, rank: int | None = None) -> bool:
         """Whether what a rank holds of a parameter counts in the global norm: of ranks that hold it alike and compute
         the same gradient, only the first does. (Those that add their gradients are another matter.)"""
-        outline = self.outlines[name]
-        return _tensor_dim(outline) is not None or outline.is_partial or self._place(rank).tensor_rank == 0
+        return not self.is_copied(name) or self._place(rank).tensor_rank == 0
+
+    def is_copied(self, name: str) -> bool:
+        """Whether all tensor ranks hold a parameter alike and compute the same gradient of it."""
+        kind = self.kind(name)
+        return self.mesh.tensor_size > 1 and kind.is_on_all_tensor_ranks and not kind.is_partial
 
     def held_alike(self, name: str, rank: int | None = None) -> tuple[int, ...]:
         """The ranks that hold the same piece of a parameter as a rank that holds some of it, before FSDP cuts it."""

@@ -103,10 +103,10 @@ class Engine(Protocol):
     state_holders: tuple[int, ...]
     """The ranks that hold the same pieces of the optimizer's state as this one, which is among them."""
     is_cut: bool
-    """Whether the model is cut over the ranks, so that each holds its shard alone."""
+    """Whether the model is cut over the ranks, so that each holds its part alone."""
     forward_is_collective: bool
-    """Whether ranks gather weights from each other while the model computes. All ranks must then compute the same
-    number of forward passes, in training and in validation, and for samples of text."""
+    """Whether ranks send each other weights or activations while the model computes. All ranks must then compute the
+    same number of forward passes, in training and in validation, and for samples of text."""
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         """Run this rank's micro-batches of a step. None: the step was dropped; only the gradients have changed."""
@@ -125,12 +125,13 @@ class Engine(Protocol):
         """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""
 
     def outlines(self) -> dict[str, Tensor]:
-        """Name of each of the model's parameters -> a tensor like the whole of it, in the compute dtype and without
-        values."""
+        """Name of each of the model's parameters -> a tensor like the whole of it, without values, in the compute
+        dtype (a router's bias in float32)."""
 
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters of these names, whole, in the compute dtype, one after the other: for a checkpoint. Collective if
-        the model is cut: each rank may name others, has to take all that come, and must copy each before the next."""
+        """Parameters of these names, whole, in the dtypes of `outlines`, one after the other: for a checkpoint.
+        Collective if the model is cut: each rank may name others, has to take all that come, and must copy each before
+        the next."""
 
     def check_replicas(self, step: int) -> None:
         """Check that ranks agree on the state that they share. Collective.

@@ -4,10 +4,11 @@ Buckets are contiguous slices, in reverse order of the parameters' first use in 
 order in which the backward pass delivers gradients, so bucket 0 is complete first. A tied embedding is first used at
 the very beginning, so it belongs to the last bucket.
 
-A bucket holds parameters alone whose gradients are added by the same ranks, and which count alike in the global norm
-(division.py). Where there are several such kinds, several buckets fill at the same time; their order is that in which
-their last parameters arrive. Ranks of one kind have its parameters in the same order, so no two ranks wait for each
-other in different buckets.
+A bucket holds parameters alone whose gradients are added by the same ranks, and of which other ranks compute the same
+gradients, or not (division.py). Where there are several such kinds, several buckets fill at the same time; their order
+is that in which their last parameters arrive. Ranks of one kind have its parameters in the same order, so no two ranks
+wait for each other in different buckets. Ranks with the same gradients have them in the same places: the order in which
+a collective adds depends on the place, and so would the last bits.
 
     buffer   | bucket 0                       | bucket 1                 | ...
              | lm_head | norm | layers.3 ...  | layers.2 ... | padding   |
@@ -31,13 +32,15 @@ ALIGNMENT = 64
 class ParameterSpec:
     name: str
     shape: tuple[int, ...]
-    """Of what this rank holds of it."""
+    """Shape of what this rank holds of it."""
     held: Piece | None = None
     """What it holds of the whole parameter; None: all."""
     summed_over: tuple[int, ...] | None = None
     """The ranks that add its gradients; None: all."""
+    is_copied: bool = False
+    """Whether other ranks hold it alike and compute the same gradient without adding it."""
     counts: bool = True
-    """Whether it counts in the global norm: not if another rank holds it alike and computes the same gradient."""
+    """Whether it counts in the global norm: of copies, only the first does."""
 
     @property
     def numel(self) -> int:
@@ -94,8 +97,7 @@ def plan_layout(
 
     Args:
         parameters: in order of first use in the forward pass.
-        bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts all that are added by the same
-            ranks into one bucket.
+        bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts all of a kind into one bucket.
         world_size: number of all ranks. Every bucket splits evenly over the ranks that add its gradients.
         alignment: multiple of elements at which parameters start and shards are cut.
     """
@@ -123,7 +125,7 @@ def _fill(parameters: Sequence[ParameterSpec], bucket_size: int, alignment: int)
     ends: dict[tuple[tuple[int, ...] | None, bool], int] = {}
     full: list[list[ParameterSpec]] = []
     for parameter in reversed(parameters):
-        kind = parameter.summed_over, parameter.counts
+        kind = parameter.summed_over, parameter.is_copied
         filling.setdefault(kind, []).append(parameter)
         ends[kind] = _round_up(ends.get(kind, 0), alignment) + parameter.numel
         if bucket_size and ends[kind] >= bucket_size:

@@ -72,7 +72,7 @@ class Stages:
         return self.rank_of(self.stage_of(unit))
 
     def __str__(self) -> str:
-        """As --pipeline_parts has it: "5,4,4,5"."""
+        """The parts as --pipeline_parts has them: "5,4,4,5"."""
         return ",".join(map(str, self.parts))
 
 

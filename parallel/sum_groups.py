@@ -58,7 +58,10 @@ class SumGroups:
         """
         held = self._division.held(name)
         assert held is not None and held.shape == shape, (name, held, shape)
-        return ParameterSpec(name, shape, held.piece, self._division.summed_over(name), self._division.counts(name))
+        division = self._division
+        return ParameterSpec(
+            name, shape, held.piece, division.summed_over(name), division.is_copied(name), division.counts(name)
+        )
 
 
 def ranks_on_a_machine(ranks: Sequence[int], machine_size: int) -> int:

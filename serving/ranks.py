@@ -71,14 +71,13 @@ def require_ranks(tensor: int, pipe: int) -> bool:
 
 
 def open_ranks(tensor: int, pipe: int, device: str) -> Ranks:
-    """Meet the other ranks. Collective.
+    """Meet the other ranks, as many as `require_ranks` demands. Collective.
 
     Args:
         device: "auto" (CUDA if available), "cpu" or "cuda".
     Raises:
-        ValueError: see require_ranks and init_context.
+        ValueError: see init_context.
     """
-    require_ranks(tensor, pipe)
     config = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipe,
                             dist_timeout=_PATIENCE_S)  # fmt: skip
     context = init_context(device, timeout_s=_PATIENCE_S)

@@ -35,7 +35,7 @@ _SIZES = 4
 class PipelinePlan:
     stages: Stages
     micro_batches: int
-    """Those of a step on each data rank."""
+    """Micro-batches of a step on each data rank."""
 
 
 def plan_pipeline(

@@ -7,7 +7,7 @@
     shard      FSDP cuts by rows what is left                           shards.py
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoint.named import Piece
 from parallel.config import ParallelConfig
 from parallel.context import DistContext
-from parallel.division import Division, Outline, TensorCut
+from parallel.division import Division, Outline, TensorCut, everywhere
 from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
@@ -60,7 +60,8 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(whole_outlines(model, self.config), self.mesh, self._stages_of(model))
+        stages_of = everywhere if self.stages is None else chain.stages_of(model, self.stages)
+        self.division = Division(whole_outlines(model, self.config), self.mesh, stages_of)
         expert.check(self.division)
         if self.mesh.tensor_size > 1:
             tensor.check(model, self.mesh, self.config.sequence_parallel)
@@ -74,10 +75,6 @@ class Cutter:
             context_parallel.cut(model, self.config, self.context, self.mesh, self.groups, self.dtype)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
-
-    def _stages_of(self, model: nn.Module) -> Callable[[str], Collection[int]]:
-        """A function of a parameter's name: the pipe ranks that hold it."""
-        return chain.stages_of(model, self.stages) if self.stages is not None else lambda name: (0,)
 
     def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -116,6 +113,10 @@ def whole_outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outlin
     def outline(role: Role, parameter: Tensor) -> Outline:
         is_partial = role.is_partial or (role.is_between and config.sequence_parallel)
         is_sharded = config.uses_fsdp and shards.is_cut(parameter)
-        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded)
+        # (Under FSDP, what trains is in float32, too, but is gathered in the dtype to compute in.)
+        is_float32 = parameter.dtype == torch.float32 and not parameter.requires_grad
+        return Outline(
+            tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded, is_float32
+        )
 
     return {name: outline(roles[name], parameter) for name, parameter in model.named_parameters()}

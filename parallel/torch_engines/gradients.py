@@ -12,7 +12,7 @@ from parallel.buffer import ParameterSlice
 from parallel.collectives import Collectives
 from parallel.context import DistContext
 from parallel.contract import Named
-from parallel.division import Division
+from parallel.division import Division, Held
 from parallel.layout import ParameterSpec
 from parallel.torch_engines.shards import COPIES, first_row, local, padded_size, parameters_by_unit
 
@@ -46,12 +46,17 @@ class ShardedGradients:
         """This rank's rows, if it has some: rows that lie side by side are a flat slice."""
         rows = local(parameter.detach())
         offset = first_row(parameter, self._mesh) * math.prod(parameter.shape[1:])
-        held = self._division.held(name)
-        assert held is not None and held.shape == tuple(parameter.shape), (name, held, parameter.shape)
+        held = self._held(name, parameter)
         return [ParameterSlice(name, offset, held.shape, rows.view(-1), held=held.piece)] if rows.numel() else []
 
+    def _held(self, name: str, parameter: nn.Parameter) -> Held:
+        held = self._division.held(name)
+        assert held is not None and held.shape == tuple(parameter.shape), (name, held, parameter.shape)
+        return held
+
     def parameters(self, bucket: int) -> Sequence[Named]:
-        return [ParameterSpec(name, tuple(p.shape)) for name, p in self.trained[bucket].items()]
+        trained = self.trained[bucket].items()
+        return [ParameterSpec(name, tuple(p.shape), self._held(name, p).piece) for name, p in trained]
 
     def sum_parts(self, group: dist.ProcessGroup | None) -> None:
         """Sum the gradients of which each tensor rank has computed a part.

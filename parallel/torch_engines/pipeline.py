@@ -198,7 +198,6 @@ class PipelineEngine(BucketedEngine):
 
     def __init__(self, parts: EngineParts, ddp: DistributedDataParallel, zero1: Zero1 | None, stages: Stages):
         super().__init__(parts, ddp, zero1)
-        self.is_cut, self.forward_is_collective = True, True
         self._stages, self._idle = stages, _Idle(ddp.observer.waits)
         self._chain = cast(Chain, cast(Cuttable, parts.model).relay)
         self._own = stages.stages_of(self.mesh.pipe_rank)

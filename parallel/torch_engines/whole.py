@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint.named import Piece
-from parallel.division import Division
+from parallel.division import Division, Outline
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 
@@ -35,7 +35,14 @@ def outlines_of(division: Division, dtype: torch.dtype) -> dict[str, Tensor]:
     Args:
         dtype: dtype to compute in.
     """
-    return {name: torch.empty(its.shape, dtype=dtype, device="meta") for name, its in division.outlines.items()}
+    return {
+        name: torch.empty(its.shape, dtype=_dtype_of(its, dtype), device="meta")
+        for name, its in division.outlines.items()
+    }
+
+
+def _dtype_of(outline: Outline, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if outline.is_float32 else dtype
 
 
 class Transfer(NamedTuple):
@@ -89,14 +96,19 @@ def whole_weights(
     context = groups.context
     wanted = [set(theirs) for theirs in context.gather(sorted(names))]
     group = groups.among("whole weights", [tuple(range(context.world_size))])
-    for _, unit in groupby(division.outlines, key=lambda name: (_BLOCK.match(name) or [""])[0]):
+
+    def unit_of(name: str) -> tuple[str, torch.dtype]:
+        return (_BLOCK.match(name) or [""])[0], _dtype_of(division.outlines[name], dtype)
+
+    for (_, its_dtype), unit in groupby(division.outlines, key=unit_of):
         in_order = list(unit)
         transfers = plan_transfers(in_order, wanted, division)
         own = {
-            t.piece.name: parameters[t.piece.name].detach().to(context.device, dtype).reshape(-1)
+            t.piece.name: parameters[t.piece.name].detach().to(context.device, its_dtype).reshape(-1)
             for t in transfers if t.source == context.rank
         }  # fmt: skip
-        received = _exchange(own, transfers, context.rank, group, torch.empty(0, dtype=dtype, device=context.device))
+        nothing = torch.empty(0, dtype=its_dtype, device=context.device)
+        received = _exchange(own, transfers, context.rank, group, nothing)
         for name in in_order:
             if name in names:
                 yield name, _joined(received.pop(name))

@@ -1,5 +1,6 @@
 """Weights that are cut over a mesh, made whole again; checkpoints of every mesh, read by every other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ OUTLINES = {
     "layers.0.o_proj.bias": Outline((6,), "first"),
     "layers.1.experts.gate_up_proj": Outline((4, 8, 6), "column", joined=2, is_stack=True),
     "layers.1.experts.down_proj": Outline((4, 6, 4), "row", is_stack=True),
+    "layers.1.router.selection_bias": Outline((4,), is_float32=True),
     "norm.weight": Outline((6,)),
 }
 MESHES = {
@@ -51,8 +53,7 @@ def division_of(rank: int, ranks: int, sizes: dict[str, int]) -> Division:
     sizes["shard_size"] = sizes.get("shard_size", 1) or data
     mesh = Mesh(rank, data_size=data, **sizes)
     outlines = {
-        name: Outline(its.shape, its.cut, its.joined, its.is_partial, its.is_stack, is_sharded)
-        for name, its in OUTLINES.items()
+        name: replace(its, is_sharded=is_sharded and not its.is_float32) for name, its in OUTLINES.items()
     }
     return Division(outlines, mesh, stages_of if mesh.pipe_size > 1 else lambda name: (0,))
 
@@ -93,12 +94,13 @@ def differences(context: DistContext, division: Division) -> list[str]:
         if (piece := division.piece(name)) is not None
     }  # fmt: skip
     groups = Groups(context, division.mesh, 60.0)
-    arrived = [(name, its.clone()) for name, its in whole_weights(own, mine, division, groups, torch.float32)]
+    arrived = [(name, its.clone()) for name, its in whole_weights(own, mine, division, groups, torch.bfloat16)]
     assert [name for name, _ in arrived] == [name for name in OUTLINES if name in mine]
-    assert {name: its.shape for name, its in outlines_of(division, torch.float32).items()} == {
-        name: values.shape for name, values in whole.items()
+    whole = {name: its if OUTLINES[name].is_float32 else its.bfloat16() for name, its in whole.items()}
+    assert {name: (its.shape, its.dtype) for name, its in outlines_of(division, torch.bfloat16).items()} == {
+        name: (values.shape, values.dtype) for name, values in whole.items()
     }
-    return [name for name, its in arrived if its.dtype != torch.float32 or not torch.equal(its, whole[name])]
+    return [name for name, its in arrived if its.dtype != whole[name].dtype or not torch.equal(its, whole[name])]
 
 
 @pytest.mark.parametrize("ranks", [4, 8])

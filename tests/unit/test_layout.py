@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from parallel.buffer import Bucket, FlatBuffers
+from parallel.division import Division, Outline
 from parallel.layout import ALIGNMENT, ParameterSpec, plan_layout
+from parallel.mesh import Mesh
 
 
 def random_parameters(rng: random.Random) -> list[ParameterSpec]:
@@ -49,6 +51,30 @@ def test_properties(seed: int):
         end = bucket.end
     assert layout.numel == end
     assert bucket_size or len(layout.buckets) == 1
+
+
+def test_what_tensor_ranks_compute_alike_has_the_same_place():
+    # Collectives add in an order that depends on the place: copies would differ in their last bits.
+    outlines = {
+        "up": Outline((8, 4), "column"), "norm": Outline((4,)), "q_norm": Outline((4,), is_partial=True),
+        "down": Outline((4, 8), "row"), "bias": Outline((4,), "first"), "router": Outline((8, 4)),
+    }  # fmt: skip
+    places = []
+    for rank in range(2):
+        division = Division(outlines, Mesh(rank, data_size=3, tensor_size=2))
+        specs = [
+            ParameterSpec(
+                name, held.shape, held.piece, division.summed_over(name), division.is_copied(name),
+                division.counts(name),
+            )
+            for name in outlines if (held := division.held(name)) is not None
+        ]  # fmt: skip
+        buckets = plan_layout(specs, 0, 6).buckets
+        places.append({s.parameter.name: (s.start - b.start, b.end - b.start) for b in buckets for s in b.slots})
+        copied = [(s.parameter.name, b.counts) for b in buckets for s in b.slots if s.parameter.is_copied]
+        assert copied == [("router", rank == 0), ("norm", rank == 0)]
+    assert places[0].keys() - places[1].keys() == {"bias"}
+    assert all(places[0][name] == places[1][name] for name in ("norm", "router", "q_norm"))
 
 
 def test_layout_does_not_depend_on_anything_else():
