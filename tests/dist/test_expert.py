@@ -151,7 +151,15 @@ def compare(names: list[str]) -> dict:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_one_step_as_of_one_process(world_size: int):
-    names = [name for name in CASES if (name in ON_FOUR) == (world_size == 4)]
+    check_cases(world_size, [name for name in CASES if (name in ON_FOUR) == (world_size == 4) and name != "compiled"])
+
+
+@pytest.mark.soak
+def test_a_compiled_step_as_of_one_process():
+    check_cases(2, ["compiled"])
+
+
+def check_cases(world_size: int, names: list[str]) -> None:
     for results in run_ranks(world_size, compare, names):
         for name, found in results.items():
             # An idle rank's experts have gradients, of zero.

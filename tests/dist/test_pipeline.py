@@ -114,10 +114,8 @@ ON_FOUR = {
     "powersgd zero1": Case(PP2 | {"use_powerSGD_hook": True, "use_distributed_optimizer": True}, TIED,
                            like={"use_powerSGD_hook": True}, tolerance=2e-5),
     "dpo": Case(PP2, task="dpo", dpo=DPOConfig(dpo_loss_type="kto_pair")),
-    "tp2 x pp2": Case(TP2 | PP2 | {"pipeline_parts": "2,3"}, TIED),
-    "tp2 x pp2 in sequence": Case(TP2 | PP2 | {"sequence_parallel": True}, TIED),
+    "tp2 x pp2 in sequence": Case(TP2 | PP2 | {"sequence_parallel": True, "pipeline_parts": "2,3"}, TIED),
     "cp2 x pp2": Case(PP2 | {"context_parallel_size": 2}, task="sft"),
-    "ep2 x pp2": Case(PP2 | {"expert_model_parallel_size": 2}, EXPERTS),
 }  # fmt: skip
 
 

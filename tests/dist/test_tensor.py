@@ -3,6 +3,7 @@
 A group is spawned once and works through all cases.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -185,8 +186,16 @@ def work_through(names: list[str]) -> dict:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradients(world_size: int):
-    names = list(CASES) if world_size == 2 else list(ON_FOUR)
-    for found in run_ranks(world_size, work_through, names):
+    check_cases(world_size, [name for name in CASES if not CASES[name].is_compiled] if world_size == 2 else ON_FOUR)
+
+
+@pytest.mark.soak
+def test_gradients_of_compiled_blocks():
+    check_cases(2, ["compiled", "compiled sp"])
+
+
+def check_cases(world_size: int, names: Sequence[str]) -> None:
+    for found in run_ranks(world_size, work_through, list(names)):
         for name, errors in found.items():
             tolerance = CASES[name].tolerance
             assert errors["loss"] <= tolerance and errors["gradient"] <= tolerance, (name, errors)
