@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -64,6 +65,8 @@ _OF_ONE_STAGE = ("gpipe", "1f1b")
 """Schedules whose class takes a stage, not a list of them."""
 _SPLIT = ("zero_bubble", "zbv")
 """Schedules in which the gradients of a stage's weights come in passes of their own."""
+_GIVES_UP_GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Whether torch gives up a graph before that pass, although functions written in Python still need it."""
 
 
 class _Idle:
@@ -107,10 +110,15 @@ class _Stage(PipelineStage):
     idle: _Idle
     on_weights: Callable[[int], None]
     """Called after each pass for weights alone, with the number of the stage."""
+    graphs: dict[int, Any] | None = None
+    """Ends of the graphs that wait for such a pass; None: torch keeps them itself, or there are no such passes."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self.idle.working(f"forward {fwd_chunk_id}, stage {self.stage_index}"):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self.graphs is not None:
+            self.graphs[fwd_chunk_id] = output.grad_fn
+        return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self.idle.working(f"backward {bwd_chunk_id}, stage {self.stage_index}"):
@@ -119,7 +127,13 @@ class _Stage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         with self.idle.working(f"weights {bwd_chunk_id}, stage {self.stage_index}"):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if self.graphs is not None:
+            del self.graphs[bwd_chunk_id]
         self.on_weights(self.stage_index)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 also greets a neighbour on the same rank, which gloo cannot.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 class _Units(nn.Module):
@@ -277,6 +291,7 @@ class PipelineEngine(BucketedEngine):
             group=self._parts.groups.of("pipe"),
         )  # fmt: skip
         stage.idle, stage.on_weights = self._idle, self._on_weights
+        stage.graphs = {} if self._is_split and _GIVES_UP_GRAPHS else None
         return stage
 
     def _stages_that_use(self) -> dict[str, set[int]]:

@@ -17,6 +17,8 @@ from tests.dist.test_parallel_runs import GATHER, POWERSGD, ZERO1, Plan, checkpo
 from tests.dist.test_sft_dpo_runs import Data
 from tests.runs import final_state, losses, records, relative_difference, same_bits
 
+pytestmark = pytest.mark.slow
+
 STEPS, LONG = 5, 20
 TENSOR, SEQUENCE = "--tensor_model_parallel_size=2", "--sequence_parallel"
 PIPE, CONTEXT, EXPERT = (f"--{name}_parallel_size=2" for name in ("pipeline_model", "context", "expert_model"))
@@ -90,6 +92,9 @@ PAIRS = {
 }
 """Pairs of the normal suite."""
 RESUMED = (("plain", "tp2 sp pp2"), ("plain", "dp2 tp2"), ("plain", "dp2 cp2"), ("lora dpo", "tp2 pp2"))
+
+
+COUNTED = ("balance_loss", "z_loss", "load_highest")
 
 
 def can_be(kind: str, way: str) -> bool:
@@ -188,6 +193,9 @@ def check_trajectory(run: list[str], expected: list[str], name: str, steps: int)
         shapes = shapes_of(expected)
         assert relative_difference(gradients(run, shapes), gradients(expected, shapes)) < 1e-6
     assert losses(run) == pytest.approx(losses(expected), rel=of_losses)
+    # What the routers have counted is counted once.
+    for ours, wanted in zip(records(run, "experts"), records(expected, "experts"), strict=True):
+        assert all(ours[key] == pytest.approx(wanted[key], rel=1e-5) for key in COUNTED), (ours, wanted)
     last, its = records(run, "valid")[-1], records(expected, "valid")[-1]
     assert last["loss"] == pytest.approx(its["loss"], rel=of_losses)
     ours, wanted = weights(run, steps), weights(expected, steps)
