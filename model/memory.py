@@ -202,6 +202,16 @@ class TrainingPlan:
             raise ValueError(f"pipeline_parts must be numbers of units, such as 5,4,4,5, got {self.pipeline_parts!r}")
         if self.has_mesh and self.adapter.load_in_4bit:
             raise ValueError("--load_in_4bit keeps matrices whole on every rank, so no mesh can cut them: leave it out")
+        if self.tensor_model_parallel_size > 1 and not self.optimizer_can_be_cut:
+            raise ValueError(
+                f"--optimizer={self.optimizer} does not go with --tensor_model_parallel_size, which cuts the matrices: "
+                f"give --optimizer=adamw"
+            )
+        if self.context_parallel_size > 1 and self.max_seq_len % (2 * self.context_parallel_size):
+            raise ValueError(
+                f"--context_parallel_size={self.context_parallel_size} cuts each row into "
+                f"{2 * self.context_parallel_size} equal parts: give a --max_seq_len that is a multiple of that"
+            )
         for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
             if getattr(self, name) > 1 and self.is_cut:
                 raise ValueError(f"--{name} does not go with --data_parallel={self.data_parallel}: leave out one")
@@ -210,6 +220,11 @@ class TrainingPlan:
                 f"--expert_model_parallel_size={self.expert_model_parallel_size} must divide --ranks={self.ranks}, the "
                 f"data ranks"
             )
+
+    @property
+    def optimizer_can_be_cut(self) -> bool:
+        """Whether the optimizer steps parts of matrices: Muon and the scales of 8-bit moments need whole rows."""
+        return self.optimizer in ("adamw", "lion")
 
     @property
     def has_mesh(self) -> bool:
@@ -494,8 +509,10 @@ def parts_of(config: ModelConfig, plan: TrainingPlan) -> list[Part]:
     ranks, schedule, experts = plan.pipeline_model_parallel_size, plan.pipeline_schedule, config.num_local_experts
     if plan.expert_model_parallel_size > 1 and (not experts or experts % plan.expert_model_parallel_size):
         raise ValueError(
-            f"--expert_model_parallel_size={plan.expert_model_parallel_size} does not divide {experts} experts"
-        )
+            f"--expert_model_parallel_size={plan.expert_model_parallel_size}: "
+            + (f"{experts} experts cannot be shared evenly: give a divisor" if experts
+               else "the model has no experts: leave it out")
+        )  # fmt: skip
     part = replace(whole(tensor_part(config, plan.tensor_model_parallel_size)),
                    expert_size=plan.expert_model_parallel_size)  # fmt: skip
     if ranks == 1:
@@ -673,13 +690,17 @@ def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, Training
         found.append(("--gradient_checkpointing --reshard_after_forward", sharded))
     adapter, with_lora = plan.adapter, "--gradient_checkpointing"
     if not adapter.is_used:
-        narrow = replace(recomputes, optimizer="adamw8bit", grad_reduce_in_fp32=False)
+        leaner = replace(recomputes, grad_reduce_in_fp32=False)
+        narrow = ("--gradient_checkpointing --no-grad_reduce_in_fp32", leaner)
+        if plan.tensor_model_parallel_size == 1:
+            narrow = ("--gradient_checkpointing --optimizer=adamw8bit --no-grad_reduce_in_fp32",
+                      replace(leaner, optimizer="adamw8bit"))  # fmt: skip
         on_host = replace(recomputes, grad_reduce_in_fp32=False, offload_optimizer=not plan.is_cut,
                           fsdp_cpu_offload=plan.is_cut)  # fmt: skip
         adapter = AdapterConfig(lora_r=16, lora_target_modules=ALL_LINEAR)
         with_lora += " --lora_r=16 --lora_target_modules=all-linear"
         found += [
-            ("--gradient_checkpointing --optimizer=adamw8bit --no-grad_reduce_in_fp32", narrow),
+            narrow,
             (f"--gradient_checkpointing --{'fsdp_cpu_offload' if plan.is_cut else 'offload_optimizer'} "
              "--no-grad_reduce_in_fp32", on_host),
             (with_lora, replace(recomputes, adapter=adapter)),
@@ -793,12 +814,30 @@ def main(argv: list[str] | None = None) -> int:
     size, folder = given.pop("size"), given.pop("init_from")
     plan = TrainingPlan(**given, adapter=AdapterConfig(**adapter))
     try:
+        _check_effects(plan)
         name, config = SIZES[size] if size else (folder, _read_shape(folder))
         print(table(name, config.resolve(max_seq_len=plan.max_seq_len), plan))
     except (ValueError, OSError) as error:
         print(f"memory: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_effects(plan: TrainingPlan) -> None:
+    """Refuse flags of a dimension that the mesh lacks, since the figures would not show that they count for nothing.
+    (Training names them, and does without.)
+
+    Raises:
+        ValueError: the first such flag.
+    """
+    pipe = "pipeline_model_parallel_size"
+    sizes = {
+        "sequence_parallel": "tensor_model_parallel_size", "pipeline_schedule": pipe, "pipeline_parts": pipe,
+        "pipeline_micro_batches": pipe, "num_layers_per_virtual_pipeline_stage": pipe,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        if getattr(plan, size) == 1 and getattr(plan, name) != getattr(TrainingPlan, name):
+            raise ValueError(f"--{name} has no effect without --{size}: add that")
 
 
 def _read_shape(folder: str) -> ModelConfig:

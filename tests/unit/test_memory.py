@@ -338,7 +338,13 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
         (["--size=7b", "--tensor_model_parallel_size=3"], "does not divide num_attention_heads 32: give a divisor"),
         (["--size=7b", "--pipeline_model_parallel_size=4", "--pipeline_parts=9,9,9"], "of 4, and their sum 34"),
         (["--size=7b", "--pipeline_model_parallel_size=2", "--data_parallel=fsdp"], "does not go with --data_p"),
-        (["--size=7b", "--expert_model_parallel_size=2"], "does not divide 0 experts"),
+        (["--size=7b", "--expert_model_parallel_size=2"], "has no experts: leave it out"),
+        (["--size=8x7b", "--expert_model_parallel_size=3"], "8 experts cannot be shared evenly: give a divisor"),
+        (["--size=7b", "--tensor_model_parallel_size=2", "--optimizer=adamw8bit"], "give --optimizer=adamw"),
+        (["--size=7b", "--tensor_model_parallel_size=2", "--optimizer=muon"], "give --optimizer=adamw"),
+        (["--size=7b", "--context_parallel_size=3"], "a multiple of that"),
+        (["--size=7b", "--sequence_parallel"], "no effect without --tensor_model_parallel_size: add that"),
+        (["--size=7b", "--pipeline_schedule=zbv"], "no effect without --pipeline_model_parallel_size: add that"),
         (["--size=8x7b", "--expert_model_parallel_size=4", "--ranks=6"], "must divide --ranks=6"),
         (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer", "--fsdp_cpu_offload"], "keeps the state in"),
     ],
@@ -347,3 +353,8 @@ def test_a_mistake_is_one_sentence(flags: list[str], sentence: str, capsys: pyte
     assert memory.main(flags) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
+
+
+def test_advice_for_cut_matrices_has_no_optimizer_that_cannot_cut_them(capsys: pytest.CaptureFixture):
+    assert memory.main(["--size=13b", "--tensor_model_parallel_size=2"]) == 0
+    assert "8bit" not in capsys.readouterr().out
