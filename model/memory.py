@@ -110,7 +110,7 @@ SIZES: dict[str, tuple[str, ModelConfig]] = {
         num_key_value_heads=8,
     )),
     "8x7b": ("8x7B (mixtral)", replace(
-        _LLAMA, model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        _LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1e6,
         num_local_experts=8, num_experts_per_tok=2,
     )),
