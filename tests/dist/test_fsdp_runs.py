@@ -82,11 +82,8 @@ DIAGONAL = {
     "dropout": ("checkpointed", "fsdp 8"),
     "muon": ("hsdp 2x2",),
     "experts": ("hsdp 2x2",),
-    "bf16": ("fsdp 2",),
-    "sft packed": ("hsdp 2x2",),
     "dpo kto_pair": ("fsdp 4",),
     "dora": ("fsdp 2",),
-    "lora dpo": ("hsdp 2x2",),
 }
 """Pairs of the normal suite."""
 EXACT = [way for way in WAYS if "narrow" not in way]

@@ -80,18 +80,14 @@ WAYS: dict[str, tuple[int, list[str]]] = {
 """How ranks share the work: name -> number of ranks and flags."""
 
 PAIRS = {
-    "plain": ("dp2 tp2", "dp2 pp2 zero1", "tp2 sp pp2", "fsdp2 tp2 sp", "dp2 cp2", "tp2 sp cp2"),
-    "mixtral": ("dp2 tp2",),
+    "plain": ("dp2 tp2", "dp2 pp2 zero1", "tp2 sp pp2", "fsdp2 tp2 sp", "dp2 cp2"),
     "biased": ("ep2 pp2", "tp2 sp checkpointed"),
-    "bf16": ("tp2 sp",),
     "sft packed": ("cp4",),
-    "sft unpacked": ("dp2 tp2 pp2", "ring2"),
-    "dpo kto_pair": ("tp2 pp2",),
-    "lora": ("dp2 tp2",),
+    "sft unpacked": ("dp2 tp2 pp2",),
     "lora dpo": ("tp2 pp2",),
 }
 """Pairs of the normal suite."""
-RESUMED = (("plain", "tp2 sp pp2"), ("plain", "dp2 tp2"), ("plain", "dp2 cp2"), ("lora dpo", "tp2 pp2"))
+RESUMED = (("plain", "tp2 sp pp2"), ("plain", "dp2 tp2"), ("lora dpo", "tp2 pp2"))
 
 
 COUNTED = ("balance_loss", "z_loss", "load_highest")
