@@ -31,7 +31,7 @@ from parallel.powersgd import PowerSGD
 from parallel.replicas import require_same_pieces, require_same_weights
 from parallel.spans import span
 from parallel.sum_groups import SumGroups
-from parallel.torch_engines.whole import outlines_of, whole_weights
+from parallel.whole import outlines_of, whole_weights
 from parallel.zero1 import Zero1
 
 

@@ -307,9 +307,12 @@ def begin(model: Decoder, seed: int) -> None:
         if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is not None:
             matrix, first = layer.base_layer.matrix(), 0
             if isinstance(matrix, nn.Parameter):
+                parts = model.filling.held(matrix).parts
+                if not parts:
+                    continue
                 # The rows that are held here.
-                ((matrix, (rows, _)),) = model.filling.held(matrix).parts or [(matrix[:0], (slice(0), slice(0)))]
-                first = rows.start or 0
+                ((matrix, (rows, _)),) = parts
+                first = rows.start
             model.filling.put(layer.lora_magnitude_vector.weight, _lengths(matrix), first)
 
 

@@ -51,7 +51,7 @@ from parallel.torch_engines.shards import (
     units,
 )
 from parallel.torch_engines.transfers import Communication
-from parallel.torch_engines.whole import outlines_of, whole_weights
+from parallel.whole import outlines_of, whole_weights
 
 
 class _CutModel:

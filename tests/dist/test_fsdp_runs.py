@@ -105,7 +105,9 @@ class Home:
         self.pretrain, self.data = pretrain, Data(home)
 
     def flags(self, kind: str) -> list[str]:
-        task, more = KINDS[kind]
+        return self.flags_of(*KINDS[kind], steps_of(kind))
+
+    def flags_of(self, task: str, more: list[str], steps: int) -> list[str]:
         if task == "pretrain":
             base = [
                 f"--data_dir={self.pretrain}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--dtype=float32",
@@ -114,7 +116,7 @@ class Home:
             ]  # fmt: skip
         else:
             base = [flag for flag in self.data.flags(task) if not flag.startswith("--max_iters=")]
-        return [*base, f"--max_iters={steps_of(kind)}", "--learning_rate=1e-3", *more]
+        return [*base, f"--max_iters={steps}", "--learning_rate=1e-3", *more]
 
 
 def add_runs(plan: Plan, home: Home, pairs: dict) -> None:

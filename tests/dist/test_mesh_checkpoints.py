@@ -15,7 +15,7 @@ from parallel.context import DistContext, destroy_context, init_context
 from parallel.division import Division, Outline
 from parallel.groups import Groups
 from parallel.mesh import Mesh
-from parallel.torch_engines.whole import outlines_of, plan_transfers, whole_weights
+from parallel.whole import outlines_of, plan_transfers, whole_weights
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import POWERSGD, Plan

@@ -11,12 +11,13 @@ import torch
 
 from checkpoint.named import Piece, load_named_state
 from model import hf
-from tests.conftest import SEQ_LEN, TINY_MODEL
+from tests.conftest import TINY_MODEL
 from tests.dist.test_experts_runs import BIASED, MIXTRAL
+from tests.dist.test_fsdp_runs import Home, home
 from tests.dist.test_parallel_runs import GATHER, POWERSGD, ZERO1, Plan, checkpoint
-from tests.dist.test_sft_dpo_runs import Data
 from tests.runs import final_state, losses, records, relative_difference, same_bits
 
+__all__ = ["home"]
 pytestmark = pytest.mark.slow
 
 STEPS, LONG = 5, 20
@@ -104,37 +105,13 @@ def can_be(kind: str, way: str) -> bool:
     return has_four_layers or not (VIRTUAL in flags or "parts" in way)
 
 
-class Home:
-    """Data and weights, and flags of a run."""
-
-    def __init__(self, home: Path, pretrain: Path):
-        self.pretrain, self.data = pretrain, Data(home)
-
-    def flags(self, kind: str, steps: int) -> list[str]:
-        task, more = KINDS[kind]
-        if task == "pretrain":
-            base = [
-                f"--data_dir={self.pretrain}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--dtype=float32",
-                "--device=cpu", "--valid_batch_size=7", "--valid_iters=3", "--num_threads=1",
-                "--sample_tokens=4", "--bucket_size=20000", "--dist_timeout=60",
-            ]  # fmt: skip
-        else:
-            base = [flag for flag in self.data.flags(task) if not flag.startswith("--max_iters=")]
-        return [*base, f"--max_iters={steps}", "--learning_rate=1e-3", *more]
-
-
 def add_runs(plan: Plan, home: Home, pairs: dict, steps: int) -> None:
     for kind, ways in pairs.items():
-        plan.flags = home.flags(kind, steps)
+        plan.flags = home.flags_of(*KINDS[kind], steps)
         plan.add(kind, 1, [], "first")
         for way in ways:
             ranks, flags = WAYS[way]
             plan.add(f"{kind} | {way}", ranks, [*SMALL, *flags], "first")
-
-
-@pytest.fixture(scope="module")
-def home(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return Home(tmp_path_factory.mktemp("data"), data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +120,9 @@ def runs(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     plan = Plan([], tmp_path_factory.mktemp("runs"), ranks=8)
     add_runs(plan, home, PAIRS, STEPS)
     for kind, way in RESUMED:
-        plan.flags, (ranks, flags) = home.flags(kind, STEPS), WAYS[way]
+        plan.flags, (ranks, flags) = home.flags_of(*KINDS[kind], STEPS), WAYS[way]
         plan.resume(f"{kind} | {way} resumed", plan.jobs[f"{kind} | {way}"]["flags"], ranks, [*SMALL, *flags], keep=1)
-    plan.flags = home.flags("plain", STEPS)
+    plan.flags = home.flags_of(*KINDS["plain"], STEPS)
     plan.add("powersgd", 2, [*SMALL, *POWERSGD])
     flags = plan.add("powersgd pp2", 4, [*SMALL, *POWERSGD, PIPE], "first")
     plan.resume("powersgd pp2 resumed", flags, 4, [*SMALL, *POWERSGD, PIPE], keep=1)
