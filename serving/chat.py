@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from serving.arguments import require_utf8
 from tokenizer import Tokenizer
 from tokenizer.chat_template import Message, template_of
 
@@ -32,17 +33,6 @@ def without_lead(pieces: Iterator[str], lead: str) -> Iterator[str]:
         yield begin.removeprefix(lead)
         break
     yield from pieces
-
-
-def require_utf8(what: str, text: str) -> None:
-    """
-    Raises:
-        ValueError: the text comes from a terminal or a file in another encoding, and cannot be tokenized.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} is not UTF-8: write it in that encoding") from None
 
 
 @dataclass

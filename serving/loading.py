@@ -31,6 +31,8 @@ class Speech(NamedTuple):
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     """The end of a document, and the tokens that the folder's configuration names."""
+    settings: Mapping[str, object]
+    """What the folder's generation_config.json recommends: temperature, top_p ..."""
 
 
 class Served:
@@ -63,6 +65,16 @@ class Served:
     @property
     def stop_ids(self) -> frozenset[int]:
         return self._speeches[self.active].stop_ids
+
+    def speech_of(self, name: str | None) -> Speech:
+        """How an adapter speaks, in use or not; None: the model without one, or with the one that stays.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        if name not in self._speeches:
+            raise ValueError(f"there is no adapter {name}: loaded are {', '.join(self.names) or 'none'}")
+        return self._speeches[name]
 
     def add(self, name: str, directory: Path, speech: Speech) -> None:
         """Load an adapter, without using it.
@@ -170,7 +182,7 @@ def _speech_of(directory: Path, base: Path) -> Speech:
     """
     tokenizer = load_tokenizer(directory if has_tokenizer(directory) else base)
     generation = read_adapters_generation_config(base, directory)
-    return Speech(tokenizer, frozenset([tokenizer.eod_id, *generation.eos_ids]))
+    return Speech(tokenizer, frozenset([tokenizer.eod_id, *generation.eos_ids]), generation.settings)
 
 
 def _require_room(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
