@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention
-from model.decoder import Decoder
 from model.dropout import DropoutKey
 from model.linear import Head, Linear, NormalizedHead, SharesInput
 from model.mlp import SwiGLU

@@ -97,8 +97,8 @@ class Served:
         self._adapters.use(name)
 
     def pack(self) -> None:
-        """Bring the matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py.
-        The model cannot be saved or given other weights after it."""
+        """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py. The
+        model cannot be saved or given other weights after it."""
         pack(self.model, self._adapters.modules())
 
 
