@@ -97,10 +97,11 @@ class Served:
         self._adapters.use(name)
 
     def pack(self) -> None:
-        """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py. The
-        model cannot be saved or given other weights after it."""
-        pack(self.model, self._adapters.modules())
+        """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py.
 
+        The model cannot be saved or given other weights after it.
+        """
+        pack(self.model, self._adapters.modules())
 
 def load(
     ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,
