@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from parallel.launched import launched_rank
-from serving.arguments import NO_ADAPTER, parse_adapters
-from serving.chat import Chat, require_utf8, stream_text
+from serving.arguments import NO_ADAPTER, parse_adapters, require_utf8
+from serving.chat import Chat, stream_text
 from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import INTERRUPTED, run_main

@@ -16,10 +16,12 @@ whose cost does not grow with the tokens.
 import re
 import time
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense peak in TFLOP/s for bf16 and fp16, and for fp32 matmuls (without TF32), by a pattern in the device's name.
 _PEAK_TFLOPS = (
@@ -128,8 +130,10 @@ def flops_per_token_seed(config: ModelConfig, seq_len: int, num_parameters: int)
     return 6.0 * num_parameters + config.num_hidden_layers * _attention_flops(config, seq_len)
 
 
-def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+def device_peak_flops(device: "torch.device", dtype: "torch.dtype") -> float | None:
     """Dense peak in FLOP/s: from a table for GPUs (None if the model is unknown), from a matmul timed now for CPUs."""
+    import torch
+
     if device.type != "cuda":
         return _measure_gemm(device, dtype)
     name = torch.cuda.get_device_name(device)
@@ -139,13 +143,15 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
-def _measure_gemm(device: torch.device, dtype: torch.dtype, budget_s: float = 0.5) -> float:
+def _measure_gemm(device: "torch.device", dtype: "torch.dtype", budget_s: float = 0.5) -> float:
     """Best FLOP/s of square matmuls of growing size with the process's threads, within about `budget_s` seconds.
 
     The sizes grow, because a dtype without fast instructions (fp16 on most CPUs) would take seconds for a large one.
     They pass 1024, because with AMX a single thread does all the work up to there (oneDNN 3.x, two threads). The clock
     may not stop before 512: the first matmuls start the threads, which takes seconds on a busy machine.
     """
+    import torch
+
     best, deadline = 0.0, time.perf_counter() + budget_s
     for size in (128, 256, 512, 1024, 1280, 2048):
         a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))

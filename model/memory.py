@@ -60,6 +60,7 @@ from pathlib import Path
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig
 from model.config import ModelConfig
+from model.flops import unit_flops
 from model.parts import STAGES_A_RANK, Part, in_flight, is_stack, pipe_part, stages_of, tensor_part, whole
 from model.shapes import (
     Shape,
@@ -518,7 +519,8 @@ def parts_of(config: ModelConfig, plan: TrainingPlan) -> list[Part]:
     if ranks == 1:
         return [part]
     parts = list(map(int, plan.pipeline_parts.split(","))) if plan.pipeline_parts else []
-    stages = stages_of(config.num_hidden_layers, ranks, schedule, parts, plan.num_layers_per_virtual_pipeline_stage)
+    costs = unit_flops(config, plan.max_seq_len)
+    stages = stages_of(costs, ranks, schedule, parts, plan.num_layers_per_virtual_pipeline_stage)
     return [
         pipe_part(part, own, in_flight(schedule, rank, ranks, len(own), plan.micro_batches))
         for rank, own in enumerate(stages)

@@ -23,6 +23,7 @@ from itertools import accumulate
 
 from model.config import ModelConfig
 from model.shapes import Shape, Shapes
+from utils.balance import balance
 
 STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 1, "zbv": 2}
 """Schedule -> stages of each rank, if nothing says how many."""
@@ -91,22 +92,26 @@ def tensor_part(config: ModelConfig, size: int) -> ModelConfig:
     return replace(config, **{name: getattr(config, name) // size for name in cut})
 
 
-def stages_of(num_layers: int, ranks: int, schedule: str, parts: Sequence[int], blocks: int) -> list[list[range]]:
-    """Units of each stage of each rank of a pipeline: 0 is the embedding, num_layers + 1 the head.
+def stages_of(
+    costs: Sequence[float], ranks: int, schedule: str, parts: Sequence[int], blocks: int
+) -> list[list[range]]:
+    """Units of each stage of each rank of a pipeline: 0 is the embedding, the last one the head.
 
     Args:
-        parts: units of each stage; empty: as many blocks as `blocks` says, or equally many units.
+        costs: each unit's, see flops.unit_flops.
+        parts: units of each stage; empty: as many blocks as `blocks` says, or stages that cost about the same, as
+            training has them.
         blocks: of each stage, in which embedding and head come on top; 0: not said.
     Raises:
         ValueError: they do not fit the model.
     """
-    units = num_layers + 2
+    units = len(costs)
+    num_layers = units - 2
     if not parts and blocks:
         parts = [blocks] * (num_layers // blocks)
         parts[0], parts[-1] = parts[0] + 1, parts[-1] + 1
     elif not parts:
-        count = ranks * STAGES_A_RANK[schedule]
-        parts = [units * (number + 1) // count - units * number // count for number in range(count)]
+        parts = balance(costs, min(ranks * STAGES_A_RANK[schedule], units))
     if sum(parts) != units or len(parts) % ranks or min(parts) < 1:
         raise ValueError(
             f"{','.join(map(str, parts))} are not the units of stages for {ranks} ranks: their number must be a "

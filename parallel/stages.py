@@ -11,13 +11,13 @@ neighbouring units. Of p ranks, each has one or more stages, in one of two order
 Activations pass from a stage to the next one, gradients back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import inf
 from typing import Literal
 
 from parallel.config import ParallelConfig
+from utils.balance import balance
 
 Order = Literal["loop", "v"]
 _MANY = 1 << 30
@@ -148,42 +148,3 @@ def _stages_a_rank(config: ParallelConfig, layers: int, parts: tuple[int, ...] |
             f"{other}"
         )
     return count
-
-
-def balance(costs: Sequence[float], count: int) -> tuple[int, ...]:
-    """Units of each of `count` stages, so that the most expensive stage is as cheap as possible; of these, so that the
-    squares of the stages' costs have the smallest sum; of these, with few units in the first stages, which hold the
-    activations of most micro-batches.
-
-    Args:
-        costs: each unit's, in order.
-    """
-    most, _ = _best_cut(costs, count, max, inf)
-    # Sums of the same numbers may differ in their rounding.
-    _, parts = _best_cut(costs, count, lambda stage, others: stage**2 + others, most * (1 + 1e-9))
-    return parts
-
-
-def _best_cut(
-    costs: Sequence[float], count: int, join: Callable[[float, float], float], most: float
-) -> tuple[float, tuple[int, ...]]:
-    """The cut of units into stages with the lowest value: the value, and units of each stage.
-
-    Args:
-        join: cost of a stage, value of those after it -> value of all of them.
-        most: highest cost that a stage may have.
-    """
-    until = [0.0, *accumulate(costs)]
-    # First unit -> best cut of it and all after it into some number of stages, beginning with none.
-    best: dict[int, tuple[float, tuple[int, ...]]] = {len(costs): (0.0, ())}
-    for _ in range(count):
-        best = {
-            start: min(cuts)
-            for start in range(len(costs))
-            if (cuts := [
-                (join(until[end] - until[start], value), (end - start, *parts))
-                for end, (value, parts) in best.items()
-                if end > start and until[end] - until[start] <= most
-            ])
-        }  # fmt: skip
-    return best[0]

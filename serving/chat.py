@@ -3,20 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from serving.arguments import require_utf8
 from serving.text import stream_text, without_lead
 from tokenizer import Tokenizer
 from tokenizer.chat_template import Message, template_of
-
-
-def require_utf8(what: str, text: str) -> None:
-    """
-    Raises:
-        ValueError: the text comes from a terminal or a file in another encoding, and cannot be tokenized.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} is not UTF-8: write it in that encoding") from None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from model.adapters.switch import Adapters
 from model.config import ModelConfig
 from model.divided import Cutter, outline_of_part
 from model.generation_config import read_adapters_generation_config
+from model.packed import pack
 from serving.arguments import name_of, require_new
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.loading import has_tokenizer
@@ -31,6 +32,8 @@ class Speech(NamedTuple):
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     """The end of a document, and the tokens that the folder's configuration names."""
+    settings: Mapping[str, object]
+    """What the folder's generation_config.json recommends: temperature, top_p ..."""
 
 
 class Served:
@@ -64,6 +67,16 @@ class Served:
     def stop_ids(self) -> frozenset[int]:
         return self._speeches[self.active].stop_ids
 
+    def speech_of(self, name: str | None) -> Speech:
+        """How an adapter speaks, in use or not; None: the model without one, or with the one that stays.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        if name not in self._speeches:
+            raise ValueError(f"there is no adapter {name}: loaded are {', '.join(self.names) or 'none'}")
+        return self._speeches[name]
+
     def add(self, name: str, directory: Path, speech: Speech) -> None:
         """Load an adapter, without using it.
 
@@ -83,6 +96,12 @@ class Served:
         """
         self._adapters.use(name)
 
+    def pack(self) -> None:
+        """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py.
+
+        The model cannot be saved or given other weights after it.
+        """
+        pack(self.model, self._adapters.modules())
 
 def load(
     ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,
@@ -170,7 +189,7 @@ def _speech_of(directory: Path, base: Path) -> Speech:
     """
     tokenizer = load_tokenizer(directory if has_tokenizer(directory) else base)
     generation = read_adapters_generation_config(base, directory)
-    return Speech(tokenizer, frozenset([tokenizer.eod_id, *generation.eos_ids]))
+    return Speech(tokenizer, frozenset([tokenizer.eod_id, *generation.eos_ids]), generation.settings)
 
 
 def _require_room(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

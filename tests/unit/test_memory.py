@@ -18,6 +18,7 @@ from model import Decoder, ModelConfig, decoder, hf, memory, shapes
 from model.adapters.config import AdapterConfig
 from model.adapters.lora import LoraSpec, attach
 from model.dropout import DropoutKey
+from model.flops import unit_flops
 from model.kernels.blocked_attention import kept_size
 from model.memory import TrainingPlan
 from model.ops import IMPLEMENTATIONS, build_ops
@@ -276,9 +277,18 @@ def test_what_a_mesh_leaves_of_activations():
     assert kept(tensor_model_parallel_size=4) == kept()
     assert kept(tensor_model_parallel_size=4, sequence_parallel=True) == pytest.approx(kept() / 4, rel=0.15)
     assert kept(context_parallel_size=4) == pytest.approx(kept() / 4)
-    # The first rank has 6 of 12 blocks, and 2 micro-batches on their way.
+    # The head costs as much as three blocks, so the first rank has 8 of 12, and 2 micro-batches on their way.
     first, *_ = memory.parts_of(config, TrainingPlan(pipeline_model_parallel_size=2))
-    assert (first.layers, first.in_flight) == (tuple(range(6)), 2)
+    assert (first.layers, first.in_flight) == (tuple(range(8)), 2)
+    for schedule, size in itertools.product(("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"), (2, 4)):
+        flags = ParallelConfig(pipeline_model_parallel_size=size, pipeline_schedule=schedule)
+        trained = plan_stages(flags, unit_flops(config, 2048))
+        parts = memory.parts_of(config, TrainingPlan(pipeline_model_parallel_size=size, pipeline_schedule=schedule))
+        assert [part.layers for part in parts] == [
+            tuple(sorted(unit - 1 for stage in trained.stages_of(rank) for unit in trained.units(stage)
+                         if 0 < unit <= config.num_hidden_layers))
+            for rank in range(size)
+        ]  # fmt: skip
     flights = {
         schedule: [part.in_flight for part in memory.parts_of(config, TrainingPlan(
             pipeline_model_parallel_size=4, pipeline_schedule=schedule, pipeline_micro_batches=6))]

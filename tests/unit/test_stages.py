@@ -6,7 +6,8 @@ from itertools import combinations
 import pytest
 
 from parallel.config import ParallelConfig
-from parallel.stages import Stages, balance, plan_stages
+from parallel.stages import Stages, plan_stages
+from utils.balance import balance
 
 
 def _all_parts(units: int, count: int):
