@@ -70,6 +70,8 @@ def one_by_one(x: Tensor, *layers: nn.Module, key: DropoutKey | None = None) -> 
     """Several layers of one input: (..., C) -> (..., O_i) each."""
     outputs: dict[nn.Module, Tensor] = {}
     sharing = [layer for layer in layers if isinstance(layer, SharesInput)]
+    # An adapted layer and a packed one save nothing together.
+    sharing = [layer for layer in sharing if type(layer) is type(sharing[0])]
     if len(sharing) > 1 and (shared := sharing[0].together(x, sharing, key)) is not None:
         outputs = dict(zip(sharing, shared))
     return [outputs[layer] if layer in outputs else layer(x, key) for layer in layers]

@@ -18,6 +18,7 @@ from model.adapters.switch import Adapters
 from model.config import ModelConfig
 from model.divided import Cutter, outline_of_part
 from model.generation_config import read_adapters_generation_config
+from model.packed import pack
 from serving.arguments import name_of, require_new
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.loading import has_tokenizer
@@ -95,6 +96,12 @@ class Served:
         """
         self._adapters.use(name)
 
+    def pack(self) -> None:
+        """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py.
+
+        The model cannot be saved or given other weights after it.
+        """
+        pack(self.model, self._adapters.modules())
 
 def load(
     ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,

@@ -5,6 +5,7 @@ whole. To use another one exchanges these modules. No weight is copied or comput
 computes the same bits as before.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,12 @@ class Adapters:
     @property
     def names(self) -> list[str]:
         return list(self._modules)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Modules that an adapter puts into the model, and those whose place they take, in use or not."""
+        yield from self._plain.values()
+        for modules in self._modules.values():
+            yield from modules.values()
 
     def add(self, name: str, directory: Path) -> None:
         """Load an adapter, without using it.
