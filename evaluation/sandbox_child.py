@@ -32,9 +32,9 @@ _FIRST_USER = 0x70000000
 _SAID = 2000
 """Last characters of what a program says that are read."""
 _RUN = (
-    "import os, sys; to, token = int(sys.argv[1]), sys.argv.pop().encode(); sys.argv[:] = ['program.py']\n"
-    "exec(compile(open('program.py', encoding='utf-8', errors='surrogatepass').read(), 'program.py', 'exec'),"
-    " {'__name__': '__main__'})\n"
+    "import os, runpy, sys; to, token = int(sys.argv[1]), sys.argv.pop().encode()\n"
+    "sys.argv[:] = ['program.py']\n"
+    "runpy.run_path('program.py', run_name='__main__')\n"
     "os.write(to, token)"
 )
 _libc = ctypes.CDLL(None, use_errno=True)
