@@ -28,10 +28,7 @@ from utils.terminal import run_main
 if TYPE_CHECKING:
     from socket import socket
 
-    from torch import dtype
-
     from serving.limits import Hosts, Keys
-    from serving.loading import Served
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -167,8 +164,7 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
         served = load(path, adapters, device, dtype, args.load_in_4bit)
         options = EngineOptions(
             max_running=args.max_running, tokens_a_step=max(args.max_running, EngineOptions.tokens_a_step),
-            cache_tokens=0 if args.cache_gb is None else cache_tokens(served, args.cache_gb, dtype),
-            batch_invariant=args.batch_invariant,
+            cache_gb=args.cache_gb or 0.0, batch_invariant=args.batch_invariant,
         )  # fmt: skip
         offers = offers_of(served, path, name)
         step = offers[0].step
@@ -193,21 +189,6 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
                             lambda path, step: generation_of(path))  # fmt: skip
     running.run(new_app(service, hosts, keys, limits, log=logging.getLogger("serve").info), service, bound, ready)
     return 0
-
-
-def cache_tokens(served: "Served", gigabytes: float, dtype: "dtype") -> int:
-    """Tokens whose keys and values fit into some memory.
-
-    Raises:
-        ValueError: not one text fits.
-    """
-    from model.paged import PagedCache
-
-    config, size = served.model.config, 16
-    blocks = int(gigabytes * 1e9) // PagedCache.block_bytes(config, size, dtype)
-    if blocks < 1:
-        raise ValueError(f"--cache_gb {gigabytes:g} has no room for {size} tokens: give it more")
-    return blocks * size
 
 
 if __name__ == "__main__":
