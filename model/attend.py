@@ -5,6 +5,7 @@ see equally far.
     documents     nothing, their lengths, their starts, or a mask, depending on the implementation of attention
     window        how far back a query sees: a number or part of the mask, depending on the implementation
     cache         keys and values of earlier tokens, and how many of them each row has
+    segments      new tokens of several texts in one row, whose keys are in a pool of blocks (paged.py)
     share         the part of each row's positions that this process has, and how it gets the keys and values of all
 
 A new kind of mask or cache changes this file and the implementations in model/kernels/, but no layer.
@@ -15,6 +16,7 @@ and value heads, D head dim, M documents.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.rope import rotary_tables
+
+if TYPE_CHECKING:
+    from model.paged import PagedStep
 
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
@@ -155,6 +160,10 @@ class KVCache:
                 f"the KV cache holds {self.max_length} tokens, {max(self.lengths) + num_new} were asked of it"
             )
 
+    def advance(self, num_new: int) -> None:
+        """Count new tokens, once all layers have stored theirs."""
+        self.lengths = [length + num_new for length in self.lengths]
+
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, for instance when other texts have ended."""
         self.lengths = [self.lengths[row] for row in rows]
@@ -266,11 +275,17 @@ class Attend:
     """What the queries of each chunk of this process attend to, in order; empty without a share."""
     end: int = 0
     """Number of keys of the row up to the last query of a chunk."""
+    step: "PagedStep | None" = None
+    """If the row has new tokens of several texts."""
+    segments: tuple["Attend", ...] = ()
+    """What the queries of each text attend to, in order; empty without a step."""
+    has_past: bool = False
+    """Whether there are keys before the first query."""
 
     @property
     def is_plainly_causal(self) -> bool:
         """Whether each row is one document without earlier tokens."""
-        return self.mask is None and self.documents is None and self.starts is None and self.cache is None
+        return self.mask is None and self.documents is None and self.starts is None and not self.has_past
 
 
 def attend_to(
@@ -302,15 +317,8 @@ def attend_to(
             and starts are `document_tails`.
         by_tails: whether the implementation of attention takes the starts of queries and keys.
     """
-    rope, slopes = None, None
-    if config.position_embedding == "alibi":
-        slopes = alibi_slopes(config.num_attention_heads, device)
-    else:
-        rope = rotary_tables(config, positions_BT, document_ids_BT)
-    common, windows = Attend(positions_BT, rope, slopes=slopes, cache=cache), set(windows)
-    if device.type != "cuda":
-        # Kernels for CPUs take float32 beside 16 bits, those for GPUs only the queries' dtype.
-        dtype = torch.promote_types(dtype, torch.float32)
+    common, windows = common_to_layers(config, positions_BT, document_ids_BT), set(windows)
+    dtype = mask_dtype(device, dtype)
     if share is not None:
         assert cache is None
         arguments = document_ids_BT, starts, by_mask, by_tails, dtype
@@ -321,8 +329,23 @@ def attend_to(
         documents = document_lengths(document_ids_BT)
         if documents is not None:
             return {window: _document_by_document(common, window, documents, dtype) for window in windows}
-    by_mask = by_mask or cache is not None
-    return {window: _whole_rows(common, window, num_new, document_ids_BT, by_mask, dtype) for window in windows}
+    past = [0]
+    if cache is not None:
+        by_mask, past, common = True, cache.lengths, replace(common, cache=cache)
+    return {window: whole_rows(common, window, num_new, past, document_ids_BT, by_mask, dtype) for window in windows}
+
+
+def common_to_layers(config: ModelConfig, positions_BT: Tensor, document_ids_BT: Tensor | None) -> Attend:
+    """Positions, and what follows from them alone."""
+    if config.position_embedding == "alibi":
+        return Attend(positions_BT, None, slopes=alibi_slopes(config.num_attention_heads, positions_BT.device))
+    return Attend(positions_BT, rotary_tables(config, positions_BT, document_ids_BT))
+
+
+def mask_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """dtype of a mask that is added to scores, for queries of a dtype."""
+    # Kernels for CPUs take float32 beside 16 bits, those for GPUs only the queries' dtype.
+    return dtype if device.type == "cuda" else torch.promote_types(dtype, torch.float32)
 
 
 def _document_by_document(common: Attend, window: int, documents: list[list[int]], dtype: torch.dtype) -> Attend:
@@ -336,11 +359,16 @@ def _document_by_document(common: Attend, window: int, documents: list[list[int]
     return replace(common, documents=documents, mask=mask, slopes=None)
 
 
-def _whole_rows(
-    common: Attend, window: int, num_new: int, document_ids_BT: Tensor | None, by_mask: bool, dtype: torch.dtype
-) -> Attend:
-    """Each row as a whole, under a mask if there is anything that must be hidden or added by one."""
-    past = common.cache.lengths if common.cache is not None else [0]
+def whole_rows(
+    common: Attend, window: int, num_new: int, past: list[int], document_ids_BT: Tensor | None, by_mask: bool,
+    dtype: torch.dtype,
+) -> Attend:  # fmt: skip
+    """Each row as a whole, under a mask if there is anything that must be hidden or added by one.
+
+    Args:
+        past: number of earlier tokens of each row; one for all rows that have as many.
+    """
+    common = replace(common, has_past=max(past) > 0 or common.cache is not None)
     longest, is_even = max(past) + num_new, min(past) == max(past)
     window = window if window < longest else 0
     first_key = max(min(past) - window + 1, 0) if window else 0

@@ -15,6 +15,7 @@ from model.linear import Linear, one_by_one
 from model.local_filter import LocalFilter
 from model.norm import RMSNorm
 from model.ops import Ops
+from model.paged import PagedStep
 
 
 class Attention(nn.Module):
@@ -57,7 +58,10 @@ class Attention(nn.Module):
             q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
         if attend.cache is not None:
             k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
-        if attend.share is not None:
+        if attend.step is not None:
+            attend.step.append(self.layer, k_BKSD, v_BKSD)
+            out_BHTD = self._attended_by_segment(q_BHTD, attend, attend.step)
+        elif attend.share is not None:
             out_BHTD = self._attended_in_share(q_BHTD, k_BKSD, v_BKSD, attend, attend.share)
         else:
             out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
@@ -65,11 +69,23 @@ class Attention(nn.Module):
 
     def _filtered(self, local_filter: LocalFilter, x_BTC: Tensor, attend: Attend) -> Tensor:
         """x after the filter, whose first tokens need those of the cache."""
+        if attend.step is not None:
+            # Each token is a row of its own, after two that are stored.
+            earlier_N2C = attend.step.append_states(self.layer, x_BTC)
+            return local_filter(x_BTC.transpose(0, 1), earlier_N2C, attend.positions.transpose(0, 1)).transpose(0, 1)
         if attend.cache is None:
             earlier_B2C = x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
         else:
             earlier_B2C = attend.cache.append_states(self.layer, x_BTC)
         return local_filter(x_BTC, earlier_B2C, attend.positions)
+
+    def _attended_by_segment(self, q_1HND: Tensor, attend: Attend, step: PagedStep) -> Tensor:
+        """Heads' outputs of new tokens of several texts, whose keys and values are stored."""
+        outputs = []
+        for number, (q_1HTD, segment) in enumerate(zip(q_1HND.split(step.widths, dim=2), attend.segments)):
+            k_1KSD, v_1KSD = step.read(self.layer, number, segment.first_key)
+            outputs.append(self._attended(q_1HTD, k_1KSD, v_1KSD, segment, None))
+        return torch.cat(outputs, dim=2)
 
     def _attended_in_share(
         self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attend: Attend, share: RowShare

@@ -39,6 +39,7 @@ from model.mlp import new_mlp
 from model.moe import SparseMLP
 from model.norm import new_norm
 from model.ops import REFERENCE, Ops
+from model.paged import PagedStep
 from model.roles import Role, generator_of
 
 
@@ -328,7 +329,7 @@ class Decoder(nn.Module):
         input_ids_BT: Tensor,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedStep | None = None,
         dropout_key: DropoutKey | None = None,
         document_starts: Tensor | None = None,
         losses: LayerLosses | None = None,
@@ -346,7 +347,7 @@ class Decoder(nn.Module):
             positions_BT: int64; by default 0..T-1, or the positions after the cache. 0 where a row is padded.
             document_ids_BT: int64; tokens attend only within equal ids, which lie side by side. Not together with a
                 cache.
-            cache: read and extended in place.
+            cache: read and extended in place. With a PagedStep, the one row has the new tokens of all its segments.
             dropout_key: names the dropout masks; without it nothing is dropped.
             document_starts: offsets of the documents of document_ids, see attend.document_starts, with a `row_share`
                 attend.document_tails; used if `wants_document_starts`.
@@ -364,28 +365,20 @@ class Decoder(nn.Module):
                 run, lambda: torch.empty(shape, dtype=self._dtype(), device=input_ids_BT.device)
             )
             if cache is not None:
-                cache.lengths = [length + input_ids_BT.shape[1] for length in cache.lengths]
+                cache.advance(input_ids_BT.shape[1])
             return hidden_BTC
         num_new, device = input_ids_BT.shape[1], input_ids_BT.device
-        share = self.row_share if cache is None else None
-        if cache is not None:
-            cache.require_room(num_new)
-        if positions_BT is None:
-            past = torch.tensor(cache.lengths if cache is not None else [0], device=device)
-            width = num_new * (share.count if share is not None else 1)
-            positions_BT = (past[:, None] + torch.arange(width, device=device)).expand(len(input_ids_BT), -1)
-        starts = document_starts if self.wants_document_starts else None
-        if starts is not None and self._compiled_parameters:
-            # Otherwise there would be one graph for the first number of documents and another one for all others.
-            torch._dynamo.maybe_mark_dynamic(starts, 0)
         last = self.config.num_hidden_layers + 1
         units = range(last + 1) if units is None else units
         windows = [window for index, window in enumerate(self._windows) if index + 1 in units]
-        attends = attend_to(
-            self.config, windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
-            self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
-            self._dtype(), share, self.ops.tails is not None,
-        )  # fmt: skip
+        if cache is not None:
+            cache.require_room(num_new)
+        if isinstance(cache, PagedStep):
+            attends = cache.attends(self.config, windows, self._dtype())
+        else:
+            attends = self._attends(
+                windows, num_new, positions_BT, document_ids_BT, cache, document_starts, len(input_ids_BT), device
+            )
         h_BTC = entering
         if h_BTC is None:
             (h_BTC,) = self._run(-1, partial(self._embed, input_ids_BT))
@@ -393,11 +386,31 @@ class Decoder(nn.Module):
             h_BTC, to_add_BTC, layer_key, counted = self._blocks(units, h_BTC, attends, dropout_key, losses)
         if last in units:
             if cache is not None and self.relay is None:
-                cache.lengths = [length + num_new for length in cache.lengths]
+                cache.advance(num_new)
             (h_BTC,) = self._run(last - 1, partial(self._last_norm, layer_key), h_BTC, to_add_BTC)
         elif to_add_BTC is not None:
             h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)
         return losses.close(h_BTC, self._placed(counted)) if losses is not None else h_BTC
+
+    def _attends(
+        self, windows: list[int], num_new: int, positions_BT: Tensor | None, document_ids_BT: Tensor | None,
+        cache: KVCache | None, document_starts: Tensor | None, batch: int, device: torch.device,
+    ) -> dict[int, Attend]:  # fmt: skip
+        """The Attend of each window, for whole rows or this process' share of them."""
+        share = self.row_share if cache is None else None
+        if positions_BT is None:
+            past = torch.tensor(cache.lengths if cache is not None else [0], device=device)
+            width = num_new * (share.count if share is not None else 1)
+            positions_BT = (past[:, None] + torch.arange(width, device=device)).expand(batch, -1)
+        starts = document_starts if self.wants_document_starts else None
+        if starts is not None and self._compiled_parameters:
+            # Otherwise there would be one graph for the first number of documents and another one for all others.
+            torch._dynamo.maybe_mark_dynamic(starts, 0)
+        return attend_to(
+            self.config, windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
+            self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
+            self._dtype(), share, self.ops.tails is not None,
+        )  # fmt: skip
 
     def _dtype(self) -> torch.dtype:
         """dtype of the weights."""

@@ -1,38 +1,12 @@
-"""A conversation with a model, and the text of its tokens as they arrive. Needs no torch."""
+"""A conversation with a model. Needs no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from serving.arguments import require_utf8
+from serving.text import stream_text, without_lead
 from tokenizer import Tokenizer
 from tokenizer.chat_template import Message, template_of
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Yield pieces of text as the ids arrive; a character waits until its bytes are complete."""
-    seen, shown = [], ""
-    for token_id in ids:
-        seen.append(token_id)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(seen)[len(shown) :]
-    if rest:
-        yield rest
-
-
-def without_lead(pieces: Iterator[str], lead: str) -> Iterator[str]:
-    """Pieces of an answer without the text that the model says before every answer, such as a line end. The template
-    writes that text itself once the answer is part of the history."""
-    begin = ""
-    for piece in pieces:
-        begin += piece
-        if lead and lead.startswith(begin):
-            continue
-        yield begin.removeprefix(lead)
-        break
-    yield from pieces
 
 
 @dataclass

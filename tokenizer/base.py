@@ -58,6 +58,12 @@ class Tokenizer(ABC):
         are none for the tokenizers trained here."""
         return []
 
+    @property
+    def run_ids(self) -> frozenset[int]:
+        """Ids whose text depends on their whole run: bytes that become text together, or U+FFFD each if one of the run
+        is wrong."""
+        return frozenset()
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
         return self.encode_batch([text], num_threads=1)[0]

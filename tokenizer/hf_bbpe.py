@@ -158,6 +158,13 @@ class HFBBPETokenizer(Tokenizer):
         added = self._used["added_tokens"]
         return {one["content"]: one["id"] for one in added if not one["special"] and one["content"].strip()}
 
+    @cached_property
+    def run_ids(self) -> frozenset[int]:
+        if self._spelling == "byte level":
+            return frozenset()
+        vocab = self._definition["model"]["vocab"]
+        return frozenset(vocab[piece] for piece in BYTE_PIECES if piece in vocab)
+
     def _library_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 

@@ -160,6 +160,41 @@ def written_script(path: Path, patch: str) -> str:
     return str(path)
 
 
+def require_noticed(
+    monitor: Callable[..., Monitor], flags: list[str], plain: list[str], tmp_path: Path, stopped: int
+) -> None:
+    """Require that a stopped rank is noticed, named and ended with the other, that both stacks are in the log, and that
+    the run ends with the bits of an undisturbed one.
+
+    Args:
+        plain: flags of the undisturbed run, which has ended.
+    """
+    tmp_path.mkdir(exist_ok=True)
+    case = elsewhere(flags, tmp_path / "hung")
+    hung = monitor(TWO_RANKS, SCRIPT, case, "--hang_after=6", "--first_step_timeout=6", "--backoff=0.1")
+    ranks = {beat["rank"]: beat["pid"] for beat in hung.at_step(12)}
+    os.kill(ranks[stopped], signal.SIGSTOP)
+    assert hung.wait() == OK, hung.output
+    hangs = [text for _, text in logged(hung.run_dir) if text.startswith("hang: ")]
+    assert len(hangs) == 1, hangs
+    seconds, limit = map(float, re.search(r"for ([\d.]+) s in .*; ([\d.]+) s are the limit", hangs[0]).groups())
+    assert limit == 6.0 and limit <= seconds < limit + 5.0
+    assert hangs[0].endswith(f"stopped by a signal: rank {stopped}")
+    log = (hung.run_dir / "monitor" / "monitor.log").read_text()
+    for rank, pid in ranks.items():
+        mark = ", stopped by a signal" if rank == stopped else ""
+        assert f"rank {rank} (pid {pid}{mark}), step" in log
+    assert log.count(", line ") > 10 and log.count("in train") >= 2
+    assert "did not answer" not in log
+    assert [text for text in hung.said if text.startswith("launch")][-1] == "launch 2 with --resume"
+    # At least: it was stopped after step 12, and steps are short.
+    assert records(case, "start")[-1]["step"] >= 10
+    assert losses(case) == losses(plain)
+    assert same_bits(final_state(case, STEPS), final_state(plain, STEPS))
+    assert not any(psutil.pid_exists(pid) for pid in ranks.values())
+    assert (hung.status.attempt, hung.status.restarts) == (2, 1)
+
+
 def test_success_and_a_hang_on_the_way_to_the_same(monitor: Callable[..., Monitor], flags: list[str], tmp_path: Path):
     """A finished run is not restarted. A stopped rank is noticed, named and ended with the others, their stacks are in
     the log, and the run ends with the bits of an undisturbed one."""
@@ -172,29 +207,17 @@ def test_success_and_a_hang_on_the_way_to_the_same(monitor: Callable[..., Monito
     assert f"newest checkpoint: step {STEPS}" in show(tmp_path / "plain")
     assert undisturbed.job() == []
 
-    case = elsewhere(flags, tmp_path / "hung")
-    hung = monitor(TWO_RANKS, SCRIPT, case, "--hang_after=6", "--first_step_timeout=6", "--backoff=0.1")
-    ranks = {beat["rank"]: beat["pid"] for beat in hung.at_step(12)}
-    os.kill(ranks[1], signal.SIGSTOP)
-    assert hung.wait() == OK, hung.output
-    hangs = [text for _, text in logged(hung.run_dir) if text.startswith("hang: ")]
-    assert len(hangs) == 1, hangs
-    seconds, limit = map(float, re.search(r"for ([\d.]+) s in .*; ([\d.]+) s are the limit", hangs[0]).groups())
-    assert limit == 6.0 and limit <= seconds < limit + 5.0
-    assert hangs[0].endswith("stopped by a signal: rank 1")
-    log = (hung.run_dir / "monitor" / "monitor.log").read_text()
-    for rank, pid in ranks.items():
-        stopped = ", stopped by a signal" if rank == 1 else ""
-        assert f"rank {rank} (pid {pid}{stopped}), step" in log
-    assert log.count(", line ") > 10 and log.count("in train") >= 2
-    assert "did not answer" not in log
-    assert [text for text in hung.said if text.startswith("launch")][-1] == "launch 2 with --resume"
-    # At least: it was stopped after step 12, and steps are short.
-    assert records(case, "start")[-1]["step"] >= 10
-    assert losses(case) == losses(plain)
-    assert same_bits(final_state(case, STEPS), final_state(plain, STEPS))
-    assert not any(psutil.pid_exists(pid) for pid in ranks.values())
-    assert (hung.status.attempt, hung.status.restarts) == (2, 1)
+    require_noticed(monitor, flags, plain, tmp_path, stopped=1)
+
+
+@pytest.mark.soak
+def test_a_stopped_stage_of_a_pipeline(monitor: Callable[..., Monitor], flags: list[str], tmp_path: Path):
+    """The other stage waits for it in the middle of a schedule."""
+    flags = [*flags, "--pipeline_model_parallel_size=2"]
+    plain = elsewhere(flags, tmp_path / "plain")
+    assert monitor(TWO_RANKS, SCRIPT, plain).wait() == OK
+    for stopped in (0, 1):
+        require_noticed(monitor, flags, plain, tmp_path / str(stopped), stopped)
 
 
 def test_what_is_wrong_with_the_command_is_not_tried_again(

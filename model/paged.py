@@ -1,0 +1,217 @@
+"""Keys and values of many sequences in one pool of blocks (Kwon et al., "PagedAttention", 2023), and a forward pass
+over new tokens of several of them.
+
+    blocks        0       1       2       3       4
+    pool          a a a a b b b b a a . . b b b . . . . .       a has blocks 0 and 2, b has 1 and 3
+    a pass        one row of tokens, sequence after sequence:   a: 1 new token, b: 5 of its prompt, c: ...
+
+Norms, projections and feed-forward layers see one row of N tokens. Attention goes segment by segment: a query sees the
+keys of its own sequence. What it needs besides (mask, window, places in the pool) is computed once a pass.
+
+A sequence whose blocks lie side by side, in rising order, is read where it is; otherwise its blocks are copied together
+in each layer. So whoever hands out blocks should prefer the block after a sequence's last one.
+
+Shapes: L layers, N new tokens of all segments, T new tokens of one, S tokens attended to, C hidden size, K key and
+value heads, D head dim.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.attend import Attend, common_to_layers, mask_dtype, whole_rows
+from model.config import ModelConfig
+
+
+class Segment(NamedTuple):
+    """New tokens of one sequence."""
+
+    num_new: int
+    length: int
+    """Tokens of the sequence that are in the cache after the pass, the new ones included."""
+    blocks: Sequence[int]
+    """Blocks that hold them, in order; more may follow."""
+
+
+class PagedCache:
+    """Keys and values of every layer in blocks of `block_size` tokens; with a local filter also what it read.
+
+    Nothing is remembered of sequences: whoever uses the cache knows which blocks belong to whom. Memory is taken when
+    the first keys come, since a rank of tensor parallelism has some of the heads.
+
+    Args:
+        layers: numbers of the blocks of the model that this process has; None: all.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device,
+        layers: Iterable[int] | None = None,
+    ):  # fmt: skip
+        self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
+        self.dtype, self.device = dtype, device
+        numbers = range(config.num_hidden_layers) if layers is None else layers
+        self._places = {layer: place for place, layer in enumerate(numbers)}
+        # Row 2 i has the keys of layer i, row 2 i + 1 its values: so one view holds what all layers know of a sequence.
+        self.pool: Tensor | None = None
+        self._rows: tuple[Tensor, ...] = ()
+        slots = num_blocks * block_size if config.local_filter else 0
+        self._states_LSC = torch.zeros(len(self._places), slots, config.hidden_size, dtype=dtype, device=device)
+
+    @staticmethod
+    def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers of the whole model."""
+        values = 2 * config.num_key_value_heads * config.head_dim + (config.hidden_size if config.local_filter else 0)
+        return config.num_hidden_layers * block_size * values * dtype.itemsize
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, given as (from, to), all at once: what a pair reads, no other pair has changed."""
+        if not pairs:
+            return
+        sources, targets = torch.tensor(pairs, device=self.device).unbind(1)
+        for pool in (self.pool, self._states_LSC if self.config.local_filter else None):
+            if pool is not None:
+                blocks = pool.unflatten(1, (self.num_blocks, self.block_size))
+                blocks[:, targets] = blocks[:, sources]
+
+    def append(self, layer: int, slots: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
+        """Store a layer's keys and values of new tokens at these places, int64 (N,)."""
+        if self.pool is None:
+            shape = 2 * len(self._places), self.num_blocks * self.block_size, *k_NKD.shape[1:]
+            self.pool = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self._rows = self.pool.unbind(0)
+        row = self.row_of(layer)
+        self._rows[row].index_copy_(0, slots, k_NKD)
+        self._rows[row + 1].index_copy_(0, slots, v_NKD)
+
+    def row_of(self, layer: int) -> int:
+        """Row of the pool that has a layer's keys; its values are in the next one."""
+        return 2 * self._places[layer]
+
+    def append_states(self, layer: int, slots: Tensor, x_NC: Tensor, before_N2: Tensor) -> Tensor:
+        """Store what a layer's local filter reads of new tokens; return that of the two tokens before each, (N, 2, C).
+
+        Args:
+            before_N2: their places; any where there are none.
+        """
+        states_SC = self._states_LSC[self._places[layer]]
+        states_SC.index_copy_(0, slots, x_NC)
+        return states_SC[before_N2]
+
+
+class _Blocks(NamedTuple):
+    """Keys that lie in blocks here and there."""
+
+    blocks: Tensor
+    """Their numbers, int64."""
+    begin: int
+    end: int
+    """Which of the blocks' tokens, side by side, are meant."""
+
+    def read(self, cache: PagedCache, row: int) -> Tensor:
+        """A copy of what a row of the pool has of them, (1, K, S, D)."""
+        assert cache.pool is not None
+        by_block = cache.pool[row].unflatten(0, (cache.num_blocks, cache.block_size))
+        return by_block[self.blocks].flatten(0, 1)[self.begin : self.end].transpose(0, 1)[None]
+
+
+class PagedStep:
+    """One forward pass over new tokens of several sequences: `model(ids (1, N), cache=step)`, N being the sum of
+    `num_new`, segment after segment.
+
+    Raises:
+        ValueError: a segment has not enough blocks.
+    """
+
+    def __init__(self, cache: PagedCache, segments: Sequence[Segment]):
+        size = cache.block_size
+        self.cache, self.segments = cache, tuple(segments)
+        self.widths = [segment.num_new for segment in segments]
+        positions: list[int] = []
+        slots: list[int] = []
+        for num_new, length, blocks in segments:
+            if not 0 < num_new <= length <= len(blocks) * size:
+                raise ValueError(f"{len(blocks)} blocks of {size} cannot hold {length} tokens, {num_new} of them new")
+            new = range(length - num_new, length)
+            positions += new
+            slots += [blocks[place // size] * size + place % size for place in new]
+        device = cache.device
+        self.positions_1N = torch.tensor([positions], device=device)
+        self.slots_N = torch.tensor(slots, device=device)
+        # Segment and first key -> where the keys are.
+        self._places: dict[tuple[int, int], tuple[Tensor, ...] | _Blocks] = {}
+        self._before_N2: Tensor | None = None
+
+    @property
+    def num_new(self) -> int:
+        """New tokens of all segments."""
+        return len(self.slots_N)
+
+    def require_room(self, num_new: int) -> None:
+        """
+        Raises:
+            ValueError: the row of tokens is not that of the segments.
+        """
+        if num_new != self.num_new:
+            raise ValueError(f"the segments have {self.num_new} new tokens, {num_new} are given")
+
+    def advance(self, num_new: int) -> None:
+        """Nothing: whoever made the step knows what the cache holds after it."""
+
+    def append(self, layer: int, k_1KND: Tensor, v_1KND: Tensor) -> None:
+        """Store a layer's keys and values of the new tokens."""
+        self.cache.append(layer, self.slots_N, k_1KND[0].transpose(0, 1), v_1KND[0].transpose(0, 1))
+
+    def read(self, layer: int, segment: int, first_key: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a segment from `first_key` up to its last new token, (1, K, S, D)."""
+        places = self._places.get((segment, first_key))
+        if places is None:
+            places = self._places[segment, first_key] = self._find(segment, first_key)
+        row = self.cache.row_of(layer)
+        if isinstance(places, _Blocks):
+            return places.read(self.cache, row), places.read(self.cache, row + 1)
+        return places[row], places[row + 1]
+
+    def _find(self, number: int, first_key: int) -> "tuple[Tensor, ...] | _Blocks":
+        """Views of all rows of the pool, if the keys lie side by side; otherwise their blocks."""
+        size, (_, length, blocks) = self.cache.block_size, self.segments[number]
+        first, last = first_key // size, (length - 1) // size
+        used = list(blocks[first : last + 1])
+        begin, end = first_key - first * size, length - first * size
+        if used != list(range(used[0], used[0] + len(used))):
+            return _Blocks(torch.tensor(used, device=self.cache.device), begin, end)
+        assert self.cache.pool is not None
+        place = used[0] * size
+        return self.cache.pool[:, place + begin : place + end].transpose(1, 2)[:, None].unbind(0)
+
+    def append_states(self, layer: int, x_1NC: Tensor) -> Tensor:
+        """Store what a layer's local filter reads of the new tokens; return that of the two tokens before each,
+        (N, 2, C), of any value where there are none."""
+        if self._before_N2 is None:
+            size, places = self.cache.block_size, []
+            for num_new, length, blocks in self.segments:
+                for position in range(length - num_new, length):
+                    earlier = (max(position - back, 0) for back in (2, 1))
+                    places.append([blocks[place // size] * size + place % size for place in earlier])
+            self._before_N2 = torch.tensor(places, device=self.cache.device)
+        return self.cache.append_states(layer, self.slots_N, x_1NC[0], self._before_N2)
+
+    def attends(self, config: ModelConfig, windows: Iterable[int], dtype: torch.dtype) -> dict[int, Attend]:
+        """The Attend of the pass, for each of these windows, with that of each segment; see attend.attend_to."""
+        device = self.cache.device
+        numbers = [[number for number, width in enumerate(self.widths) for _ in range(width)]]
+        # They tell a text's length, where rotary positions depend on it.
+        documents_1N = torch.tensor(numbers, device=device) if len(self.segments) > 1 else None
+        common, dtype = common_to_layers(config, self.positions_1N, documents_1N), mask_dtype(device, dtype)
+        return {window: self._attend(replace(common, step=self), window, dtype) for window in set(windows)}
+
+    def _attend(self, common: Attend, window: int, dtype: torch.dtype) -> Attend:
+        positions = self.positions_1N.split(self.widths, dim=1)
+        segments = []
+        for its_positions, (num_new, length, _) in zip(positions, self.segments):
+            own = replace(common, positions=its_positions, rope=None)
+            segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
+        return replace(common, segments=tuple(segments))
+

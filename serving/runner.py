@@ -1,0 +1,58 @@
+"""What a plan says, computed: tokens of several sequences through the model, and the scores that are wanted.
+
+    plan        parts: a (1 token, 1 score) | b (64 of its prompt, 0) | c (30, the prompt's last ones, 1)
+    model       one row of 95 tokens, whose keys and values go to the blocks of a, b and c
+    head        2 rows: the last token of a and of c
+"""
+
+import torch
+from torch import Tensor
+
+from model.paged import PagedCache, PagedStep, Segment
+from serving.loading import Served
+from serving.plan import Part, StepPlan
+
+
+class Runner:
+    """Runs plans on a model. If several ranks share the model, each has a Runner, and all run the same plans.
+
+    Args:
+        num_blocks: blocks of the cache.
+        block_size: tokens of one.
+        dtype, device: those that the model computes in and on.
+    """
+
+    def __init__(
+        self, served: Served, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.served, self.device = served, device
+        layers = [layer for layer, _ in served.model.layers.numbered()]
+        self.cache = PagedCache(served.model.config, num_blocks, block_size, dtype, device, layers)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Tensor:
+        """Scores of the wanted tokens, part after part, float32 (R, V): V is the tokenizer's vocabulary, without what
+        the model has beyond it. On every rank."""
+        if self.served.active != plan.adapter:
+            self.served.use(plan.adapter)
+        self.cache.copy(plan.copies)
+        step = PagedStep(self.cache, [_segment(part) for part in plan.parts])
+        ids = torch.tensor([[token for part in plan.parts for token in part.tokens]], device=self.device)
+        hidden_1NC = self.served.model(ids, cache=step)
+        rows = torch.tensor(_wanted(plan.parts), dtype=torch.int64, device=self.device)
+        scores_RV = self.served.model.logits(hidden_1NC[0, rows])
+        return scores_RV[:, : self.served.tokenizer.vocab_size].float()
+
+
+def _segment(part: Part) -> Segment:
+    return Segment(len(part.tokens), part.start + len(part.tokens), part.blocks)
+
+
+def _wanted(parts: list[Part]) -> list[int]:
+    """Places of the tokens whose scores are wanted, in the row of all tokens."""
+    rows: list[int] = []
+    end = 0
+    for part in parts:
+        end += len(part.tokens)
+        rows += range(end - part.num_scores, end)
+    return rows

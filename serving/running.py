@@ -1,0 +1,105 @@
+"""The server's life: listening, signals, the end.
+
+The first SIGTERM or SIGINT refuses what is new (503) and lets finish what runs; then the process ends with 0. A second
+one ends it at once.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from serving.service import Service
+from utils.terminal import INTERRUPTED
+
+logger = logging.getLogger(__name__)
+
+_LAST_BYTES_S = 5
+"""How long readers of finished answers may take their last bytes."""
+_TERMINATED = 128 + signal.SIGTERM
+_WAITING_CONNECTIONS = 1024
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address. It does not listen yet, so that clients are refused until the model is loaded.
+
+    Args:
+        port: 0 for one that is free.
+    Raises:
+        ValueError: the address is none of this machine's, or taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host} --port {port} cannot be used: {getattr(error, 'strerror', None) or error}; "
+                         f"choose another one, or --port 0 for any") from None  # fmt: skip
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with the end described above. uvicorn itself drops what is new at once, and ends by the signal.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service, self._is_ending = service, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._is_ending:
+            # Not even what should be tidied up may hold it up.
+            sys.stderr.flush()
+            os._exit(INTERRUPTED if sig == signal.SIGINT else _TERMINATED)
+        self._is_ending = True
+        logger.info("ends when what runs has finished; a second signal ends it at once")
+        asyncio.get_running_loop().call_soon_threadsafe(self.let_finish)
+
+    def let_finish(self) -> None:
+        """Refuse what is new, and end when all else is done."""
+        self._service.end()
+        self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        await self._service.ended()
+        self.should_exit = True
+
+
+def run(app: Any, service: Service, bound: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until a signal.
+
+    Args:
+        ready: called as soon as clients can connect.
+    """
+    config = uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=_LAST_BYTES_S, timeout_keep_alive=30,
+        backlog=_WAITING_CONNECTIONS,
+    )  # fmt: skip
+    server = _Server(config, service)
+
+    async def serve() -> None:
+        service.start()
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            if server.started:
+                ready()
+            else:
+                loop.call_later(0.05, tell)
+
+        tell()
+        try:
+            await server.serve(sockets=[bound])
+        finally:
+            service.close()
+
+    asyncio.run(serve())

@@ -1,0 +1,387 @@
+"""Choice of next tokens from a model's scores, for rows whose requests differ in everything.
+
+    adjust -> greedy rows: the highest score
+           -> others:      weights -> top_k -> top_p -> min_p -> inverse of the cumulative sum at a keyed random number
+
+A row's token is the same to the bit whoever else is in the batch. Weights are integers, whose sums are the same in any
+order. Random numbers are a function of seed, choice and the token's number (Philox, Salmon et al., 2011), so that a
+sequence that was interrupted goes on as if it had not been. The order of the steps is that of transformers' processors.
+
+Shapes: R rows, V vocabulary, M candidates of a row, in the order of the vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.requests import Sampling, TokenScore
+
+NO_TOKEN = -1
+"""Id in place of a token where the scores are not numbers, or none is above minus infinity."""
+_LARGEST_SEED = 1 << 63
+_WORD = 1 << 64
+_ROWS_AT_ONCE = 64
+"""Rows of log-probabilities that are in memory at the same time."""
+
+
+def check(sampling: Sampling, vocab_size: int, n: int = 1) -> None:
+    """Check that a request's options make sense, each by itself and together.
+
+    Args:
+        vocab_size: the tokenizer's.
+        n: number of choices.
+    Raises:
+        ValueError: one does not; a sentence that begins with its name.
+    """
+
+    def require(is_met: bool, name: str, what: str, value: object = None) -> None:
+        if not is_met:
+            raise ValueError(f"{name} must {what}, got {getattr(sampling, name) if value is None else value}")
+
+    one = sampling
+    require(n >= 1, "n", "be at least 1", n)
+    require(one.max_new_tokens is None or one.max_new_tokens >= 0, "max_new_tokens", "not be negative")
+    most = math.inf if one.max_new_tokens is None else one.max_new_tokens
+    require(0 <= one.min_new_tokens <= most, "min_new_tokens", "lie between 0 and max_new_tokens")
+    require(0 <= one.temperature < math.inf, "temperature", "not be negative, and be finite")
+    require(one.top_k >= 0, "top_k", "not be negative (0: no limit)")
+    require(0 < one.top_p <= 1, "top_p", "be above 0 and at most 1")
+    require(0 <= one.min_p <= 1, "min_p", "lie between 0 and 1")
+    require(0 < one.repetition_penalty < math.inf, "repetition_penalty", "be above 0, and finite")
+    require(-2 <= one.presence_penalty <= 2, "presence_penalty", "lie between -2 and 2")
+    require(-2 <= one.frequency_penalty <= 2, "frequency_penalty", "lie between -2 and 2")
+    for token_id, bias in one.logit_bias.items():
+        require(0 <= token_id < vocab_size, "logit_bias", f"name tokens from 0 to {vocab_size - 1}", token_id)
+        require(-100 <= bias <= 100, "logit_bias", "lie between -100 and 100", bias)
+    for token_id in one.stop_ids:
+        require(0 <= token_id < vocab_size, "stop_ids", f"be tokens from 0 to {vocab_size - 1}", token_id)
+    seed = 0 if one.seed is None else one.seed
+    require(-_LARGEST_SEED <= seed < _LARGEST_SEED, "seed", "lie between -2^63 and 2^63 - 1")
+    for name in ("logprobs", "prompt_logprobs"):
+        require(0 <= (getattr(one, name) or 0) <= vocab_size, name, f"lie between 0 and {vocab_size}")
+    require("" not in one.stop, "stop", "not hold an empty text")
+    require(one.num_beams >= 1, "num_beams", "be at least 1")
+    require(-math.inf < one.length_penalty < math.inf, "length_penalty", "be finite")
+    require(one.early_stopping in (True, False, "never"), "early_stopping", 'be true, false or "never"')
+    if one.num_beams > 1:
+        require(n <= one.num_beams, "n", f"not exceed num_beams, which is {one.num_beams}", n)
+        for is_asked, what in ((bool(one.stop), "stop texts"), (one.logprobs is not None, "logprobs")):
+            if is_asked:
+                raise ValueError(f"{what} cannot be had with num_beams above 1: leave one of the two out")
+
+
+def uniforms(seed: int, choice: int, number: int, count: int) -> np.ndarray:
+    """Random numbers in [0, 1) for one step of one text, float64.
+
+    Args:
+        seed: the request's, from -2^63 to 2^64 - 1.
+        choice: number of the text among those of its request.
+        number: index of the token among those that were generated.
+        count: how many; the first ones do not depend on it.
+    """
+    key = np.array([seed % _WORD, choice], dtype=np.uint64)
+    counter = np.array([0, number, 0, 0], dtype=np.uint64)
+    words = np.atleast_1d(np.random.Philox(key=key, counter=counter).random_raw(count))
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def uniform(seed: int, choice: int, number: int) -> float:
+    """Random number in [0, 1) that draws a token; see `uniforms`."""
+    return float(uniforms(seed, choice, number, 1)[0])
+
+
+class RowState:
+    """What the choice of a sequence's next token depends on, besides its scores."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        seed: int,
+        choice: int = 0,
+        prompt_ids: Sequence[int] = (),
+        stop_ids: frozenset[int] = frozenset(),
+    ):
+        """
+        Args:
+            seed: the request's, or the random one in its place.
+            choice: number of the text among those of its request.
+            stop_ids: tokens that end this text, which are not chosen before `min_new_tokens`.
+        """
+        self.sampling, self.seed, self.choice, self.stop_ids = sampling, seed, choice, stop_ids
+        self.number = 0
+        """Number of generated tokens."""
+        self.is_penalised = (
+            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        )
+        self._places: dict[int, int] = {}
+        self._ids, self._counts = np.empty(16, np.int64), np.empty(16, np.float32)
+        if self.is_penalised:
+            for token_id in prompt_ids:
+                self._count(token_id, 0)
+
+    def push(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.number += 1
+        if self.is_penalised:
+            self._count(token_id, 1)
+
+    def fork(self) -> "RowState":
+        """A copy that goes another way, as beams do."""
+        other = RowState(self.sampling, self.seed, self.choice, (), self.stop_ids)
+        other.number, other._places = self.number, dict(self._places)
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        return other
+
+    @property
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Different tokens of prompt and text, int64, and how often the text has each, float32. Empty if nothing is
+        penalised."""
+        return self._ids[: len(self._places)], self._counts[: len(self._places)]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is too early for a stop token."""
+        return self.number < self.sampling.min_new_tokens and bool(self.stop_ids)
+
+    def _count(self, token_id: int, times: int) -> None:
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._places[token_id] = len(self._places)
+            if place == len(self._ids):
+                self._ids, self._counts = np.resize(self._ids, 2 * place), np.resize(self._counts, 2 * place)
+            self._ids[place], self._counts[place] = token_id, 0
+        self._counts[place] += times
+
+
+def sample(scores_RV: Tensor, rows: Sequence[RowState]) -> list[TokenScore]:
+    """The next token of each row, with its log-probability where the row asks for it. Does not push them.
+
+    Args:
+        scores_RV: the model's scores, of any floating-point type, on any device; unchanged.
+    Returns:
+        One for each row; its id is NO_TOKEN where the scores give no probabilities.
+    """
+    ids = [NO_TOKEN] * len(rows)
+    changed_RV = adjust(scores_RV.float(), rows)
+    greedy = [r for r, row in enumerate(rows) if row.sampling.temperature == 0]
+    drawn = [r for r, row in enumerate(rows) if row.sampling.temperature != 0]
+    for chosen, choose in ((greedy, _highest), (drawn, _draw)):
+        if chosen:
+            some_RV = changed_RV if len(chosen) == len(rows) else changed_RV[chosen]
+            for r, token_id in zip(chosen, choose(some_RV, [rows[r] for r in chosen])):
+                ids[r] = token_id
+    tokens = [TokenScore(token_id) for token_id in ids]
+    asked = [r for r, row in enumerate(rows) if row.sampling.logprobs is not None and ids[r] != NO_TOKEN]
+    if asked:
+        some_RV = scores_RV if len(asked) == len(rows) else scores_RV[asked]
+        counts = [rows[r].sampling.logprobs or 0 for r in asked]
+        for r, token in zip(asked, token_scores(some_RV, [ids[r] for r in asked], counts)):
+            tokens[r] = token
+    return tokens
+
+
+def adjust(scores_RV: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Scores with bias, penalties and forbidden stop tokens, float32 (R, V); the same tensor if no row has any.
+
+    Args:
+        scores_RV: scores, or log-probabilities in a beam search; float32.
+    """
+    if not any(row.is_penalised or row.sampling.logit_bias or row.waits for row in rows):
+        return scores_RV
+    scores_RV = scores_RV.clone()
+    biased = [(r, row.sampling.logit_bias) for r, row in enumerate(rows) if row.sampling.logit_bias]
+    if biased:
+        ids = [np.fromiter(bias.keys(), np.int64, len(bias)) for _, bias in biased]
+        added = np.concatenate([np.fromiter(bias.values(), np.float32, len(bias)) for _, bias in biased])
+        _change(scores_RV, [r for r, _ in biased], ids, lambda values, added: values + added, added)
+    penalised = [r for r, row in enumerate(rows) if row.is_penalised]
+    if penalised:
+        seen = [rows[r].seen for r in penalised]
+        lengths = [len(ids) for ids, _ in seen]
+        factors, once, each = (
+            np.repeat(np.array([getattr(rows[r].sampling, name) for r in penalised], np.float32), lengths)
+            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        )
+        counts = np.concatenate([counts for _, counts in seen])
+        taken = once * (counts > 0) + each * counts
+        _change(scores_RV, penalised, [ids for ids, _ in seen], _penalised, factors, taken)
+    waiting = [r for r, row in enumerate(rows) if row.waits]
+    if waiting:
+        ids = [np.fromiter(rows[r].stop_ids, np.int64, len(rows[r].stop_ids)) for r in waiting]
+        _change(scores_RV, waiting, ids, lambda values: torch.full_like(values, -math.inf))
+    return scores_RV
+
+
+def _penalised(values: Tensor, factors: Tensor, taken: Tensor) -> Tensor:
+    return torch.where(values < 0, values * factors, values / factors) - taken
+
+
+def _change(
+    scores_RV: Tensor,
+    rows: list[int],
+    ids: list[np.ndarray],
+    change: Callable[..., Tensor],
+    *arguments: np.ndarray,
+) -> None:
+    """Change some scores in place.
+
+    Args:
+        rows: their rows; ids: the tokens in each of these.
+        change: given the scores, (N,), and the arguments, returns the new ones.
+    """
+    at_rows = np.repeat(np.array(rows, np.int64), [len(some) for some in ids])
+    places = [torch.from_numpy(index).to(scores_RV.device) for index in (at_rows, np.concatenate(ids))]
+    others = [torch.from_numpy(argument).to(scores_RV.device) for argument in arguments]
+    scores_RV[places[0], places[1]] = change(scores_RV[places[0], places[1]], *others)
+
+
+def _highest(scores_RV: Tensor, rows: Sequence[RowState]) -> list[int]:
+    """Token with the highest score of each row; the first of equals."""
+    best_R, ids_R = scores_RV.max(dim=1)
+    return torch.where(best_R.isfinite(), ids_R, NO_TOKEN).tolist()
+
+
+def _draw(scores_RV: Tensor, rows: Sequence[RowState]) -> list[int]:
+    """A token for each row, drawn from those that its options leave."""
+    drawn = [NO_TOKEN] * len(rows)
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for r, row in enumerate(rows):
+        options = row.sampling
+        key = 0 < options.top_k < scores_RV.shape[1], options.top_p < 1 or options.min_p > 0
+        groups.setdefault(key, []).append(r)
+    for (has_top_k, has_limits), chosen in groups.items():
+        some_RV = scores_RV if len(chosen) == len(rows) else scores_RV[chosen]
+        ids = _draw_alike(some_RV, [rows[r] for r in chosen], has_top_k, has_limits)
+        for r, token_id in zip(chosen, ids):
+            drawn[r] = token_id
+    return drawn
+
+
+def _draw_alike(scores_RV: Tensor, rows: Sequence[RowState], has_top_k: bool, has_limits: bool) -> list[int]:
+    """`_draw` for rows all or none of which have top_k, and top_p or min_p."""
+    options, vocab_size = [row.sampling for row in rows], scores_RV.shape[1]
+
+    def column(values: list, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=scores_RV.device).unsqueeze(1)
+
+    # The highest weight. The sum of all of them stays below 2^63.
+    largest = 2.0 ** (62 - vocab_size.bit_length())
+    best_R1, ids_RM = scores_RV.amax(dim=1, keepdim=True), None
+    if has_top_k:
+        top_k = column([one.top_k for one in options], torch.int64)
+        least_R1 = scores_RV.topk(int(top_k.max())).values.gather(1, top_k - 1)
+        # Equals of the last one stay, as in transformers.
+        ids_RM, scores_RV = _at_least(scores_RV, least_R1, -math.inf)
+    scaled_RM = (scores_RV.double() - best_R1) / column([one.temperature for one in options])
+    weights_RM = (scaled_RM.exp_() * largest).long()
+    if has_limits:
+        top_p, min_p = column([one.top_p for one in options]), column([one.min_p for one in options])
+        total_R1 = weights_RM.sum(dim=1, keepdim=True)
+        needed_R1 = torch.where(top_p < 1, (top_p * total_R1).long().clamp_(min=1), total_R1)
+        smallest_R1 = (min_p * largest).long()
+        if ids_RM is None:
+            # All tokens below this weight have together less than top_p leaves out.
+            unneeded_R1 = (total_R1 - needed_R1) // vocab_size
+            ids_RM, weights_RM = _at_least(weights_RM, torch.where(top_p < 1, unneeded_R1, smallest_R1), 0)
+        weights_RM = _nucleus(weights_RM, needed_R1)
+        weights_RM = weights_RM.masked_fill_(weights_RM < smallest_R1, 0)
+    sums_RM = weights_RM.cumsum(dim=1)
+    numbers = column([uniform(row.seed, row.choice, row.number) for row in rows])
+    total_R1 = sums_RM[:, -1:]
+    # The number could round up to the sum itself.
+    places_R1 = torch.searchsorted(sums_RM, torch.minimum((numbers * total_R1).long(), total_R1 - 1), right=True)
+    places_R1.clamp_(max=sums_RM.shape[1] - 1)
+    ids_R1 = places_R1 if ids_RM is None else ids_RM.gather(1, places_R1)
+    return torch.where(best_R1.isfinite(), ids_R1, NO_TOKEN).flatten().tolist()
+
+
+def _at_least(values_RV: Tensor, least_R1: Tensor, filler: float) -> tuple[Tensor, Tensor]:
+    """Values that reach a limit: their places, int64 (R, M), and they themselves, (R, M), with M the largest number of
+    them in a row, at least 1. Shorter rows are filled up."""
+    rows_N, places_N = (values_RV >= least_R1).nonzero(as_tuple=True)
+    counts_R = rows_N.bincount(minlength=len(values_RV))
+    targets_N = torch.arange(len(rows_N), device=rows_N.device) - (counts_R.cumsum(0) - counts_R)[rows_N]
+    shape = len(values_RV), max(1, int(counts_R.max()))
+    places_RM, found_RM = rows_N.new_zeros(shape), values_RV.new_full(shape, filler)
+    places_RM[rows_N, targets_N] = places_N
+    found_RM[rows_N, targets_N] = values_RV[rows_N, places_N]
+    return places_RM, found_RM
+
+
+def _nucleus(weights_RM: Tensor, needed_R1: Tensor) -> Tensor:
+    """Weights of the fewest tokens whose sum reaches a number; 0 for others. Of equal ones, the first stay."""
+    falling_RM = -_sorted(-weights_RM)
+    before_RM = falling_RM.cumsum(dim=1) - falling_RM
+    kept_R1 = (before_RM < needed_R1).sum(dim=1, keepdim=True)
+    border_R1 = falling_RM.gather(1, (kept_R1 - 1).clamp_(min=0))
+    above_RM, equal_RM = weights_RM > border_R1, weights_RM == border_R1
+    room_R1 = kept_R1 - above_RM.sum(dim=1, keepdim=True)
+    return weights_RM * (above_RM | (equal_RM & (equal_RM.cumsum(dim=1) <= room_R1)))
+
+
+def _sorted(values_RM: Tensor) -> Tensor:
+    """Rows in rising order. On a CPU, numpy sorts ten times as fast."""
+    if values_RM.device.type == "cpu":
+        return torch.from_numpy(np.sort(values_RM.numpy(), axis=1))
+    return values_RM.sort(dim=1).values
+
+
+def filtered(scores_RV: Tensor, options: Sampling, min_kept: int = 1) -> Tensor:
+    """Scores divided by the temperature, with minus infinity for tokens that top_k, top_p and min_p leave out, float32
+    (R, V): the plain formula of what `sample` draws from, and what beam sampling adds to its beams.
+
+    Args:
+        min_kept: tokens that are kept in any case.
+    """
+    scores_RV = scores_RV / options.temperature
+    vocab_size = scores_RV.shape[1]
+    if 0 < options.top_k < vocab_size:
+        least_R1 = scores_RV.topk(min(max(options.top_k, min_kept), vocab_size)).values[:, -1:]
+        scores_RV = scores_RV.masked_fill(scores_RV < least_R1, -math.inf)
+    for is_used, falls in (
+        (options.top_p < 1, lambda falling_RV: falling_RV.cumsum(dim=1) - falling_RV >= options.top_p),
+        (options.min_p > 0, lambda falling_RV: falling_RV < options.min_p * falling_RV[:, :1]),
+    ):
+        if is_used:
+            falling_RV, order_RV = scores_RV.double().softmax(dim=1).sort(dim=1, descending=True, stable=True)
+            falls_RV = falls(falling_RV)
+            falls_RV[:, :min_kept] = False
+            scores_RV = scores_RV.masked_fill(torch.zeros_like(falls_RV).scatter_(1, order_RV, falls_RV), -math.inf)
+    return scores_RV
+
+
+def token_scores(scores_NV: Tensor, ids: Sequence[int], counts: Sequence[int]) -> list[TokenScore]:
+    """Tokens with their log-probabilities and the likeliest alternatives, which include the token itself if it is one
+    of these.
+
+    Args:
+        scores_NV: the model's scores, of any floating-point type.
+        ids: a token for each row.
+        counts: number of alternatives for each row.
+    Returns:
+        One for each row. Equally likely alternatives are in the order of their ids. Where the scores are not numbers,
+        the log-probability is NaN, and there are no alternatives.
+    """
+    told: list[TokenScore] = []
+    for start in range(0, len(ids), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        logprobs_NV = scores_NV[some].double().log_softmax(dim=1)
+        own = logprobs_NV.gather(1, torch.tensor(ids[some], device=logprobs_NV.device).unsqueeze(1))
+        alternatives = _likeliest(logprobs_NV, counts[some])
+        told += map(TokenScore, ids[some], own.flatten().tolist(), alternatives)
+    return told
+
+
+def _likeliest(logprobs_NV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest tokens of each row as (id, log-probability), in falling order, equals by id."""
+    most = min(max(counts), logprobs_NV.shape[1])
+    if most == 0:
+        return [()] * len(counts)
+    ids_NM, found_NM = _at_least(logprobs_NV, logprobs_NV.topk(most).values[:, -1:], -math.inf)
+    found_NM, order_NM = found_NM.sort(dim=1, descending=True, stable=True)
+    ids, found = ids_NM.gather(1, order_NM)[:, :most].tolist(), found_NM[:, :most].tolist()
+    known = logprobs_NV[:, 0].isnan().logical_not_().tolist()
+    return [tuple(zip(ids[n][:count], found[n])) if known[n] else () for n, count in enumerate(counts)]
