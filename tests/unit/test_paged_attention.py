@@ -73,9 +73,9 @@ def plain_error(
     q_HD: Tensor, keys: Tensor, values: Tensor, text: Single, window: int, slopes: Tensor | None, exact: Tensor
 ) -> float:
     """Of the formula step by step in the same dtype, with softmax in float32 as in transformers' eager attention; or
-    half a unit in the last place."""
+    half a unit in the last place of a value."""
     plain = by_formula(q_HD, keys, values, text, window, slopes)
-    unit = torch.finfo(q_HD.dtype).eps * exact.abs().max()
+    unit = torch.finfo(q_HD.dtype).eps * values.abs().max()
     return max(float((plain.double() - exact).abs().max()), float(unit) / 2)
 
 
