@@ -31,6 +31,7 @@ from torch import Tensor
 from model.attend import Attend, common_to_layers, mask_dtype, whole_rows
 from model.config import ModelConfig
 from model.kernels.paged_attention import Group, Single, attend_group, groups_of
+from model.rope import depends_on_length
 
 
 class Segment(NamedTuple):
@@ -41,6 +42,9 @@ class Segment(NamedTuple):
     """Tokens of the sequence that are in the cache after the pass, the new ones included."""
     blocks: Sequence[int]
     """Blocks that hold them, in order; more may follow."""
+    prompt_length: int = 0
+    """Where rotary angles depend on a text's length: each token gets those of a text that ends with it, but of one that
+    is at least as long as this. 0: those of a text that ends with the last new token."""
 
 
 class PagedCache:
@@ -72,6 +76,11 @@ class PagedCache:
         """Bytes of one block over all layers of the whole model."""
         values = 2 * config.num_key_value_heads * config.head_dim + (config.hidden_size if config.local_filter else 0)
         return config.num_hidden_layers * block_size * values * dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that it has taken."""
+        return sum(tensor.nbytes for tensor in (self.pool, self._states_LSC) if tensor is not None)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, given as (from, to), all at once: what a pair reads, no other pair has changed."""
@@ -149,7 +158,7 @@ class PagedStep:
         positions: list[int] = []
         slots: list[int] = []
         begun: list[int] = []
-        for num_new, length, blocks in segments:
+        for num_new, length, blocks, _ in segments:
             if not 0 < num_new <= length <= len(blocks) * size:
                 raise ValueError(f"{len(blocks)} blocks of {size} cannot hold {length} tokens, {num_new} of them new")
             new = range(length - num_new, length)
@@ -221,7 +230,7 @@ class PagedStep:
 
     def _find(self, number: int, first_key: int) -> "tuple[Tensor, ...] | _Blocks":
         """Views of all rows of the pool, if the keys lie side by side; otherwise their blocks."""
-        size, (_, length, blocks) = self.cache.block_size, self.segments[number]
+        size, (_, length, blocks, _) = self.cache.block_size, self.segments[number]
         first, last = first_key // size, (length - 1) // size
         used = list(blocks[first : last + 1])
         begin, end = first_key - first * size, length - first * size
@@ -236,7 +245,7 @@ class PagedStep:
         (N, 2, C), of any value where there are none."""
         if self._before_N2 is None:
             size, places = self.cache.block_size, []
-            for num_new, length, blocks in self.segments:
+            for num_new, length, blocks, _ in self.segments:
                 for position in range(length - num_new, length):
                     earlier = (max(position - back, 0) for back in (2, 1))
                     places.append([blocks[place // size] * size + place % size for place in earlier])
@@ -245,17 +254,22 @@ class PagedStep:
 
     def attends(self, config: ModelConfig, windows: Iterable[int], dtype: torch.dtype) -> dict[int, Attend]:
         """The Attend of the pass, for each of these windows, with that of each segment; see attend.attend_to."""
-        device = self.cache.device
-        numbers = [[number for number, segment in enumerate(self.segments) for _ in range(segment.num_new)]]
-        # They tell a text's length, where rotary positions depend on it.
-        documents_1N = torch.tensor(numbers, device=device) if len(self.segments) > 1 else None
-        common, dtype = common_to_layers(config, self.positions_1N, documents_1N), mask_dtype(device, dtype)
+        lengths_1N = None
+        if depends_on_length(config):
+            ends = ((s.num_new, s.length, s.prompt_length) for s in self.segments)
+            lengths = [
+                max(position + 1, prompt) if prompt else length
+                for num_new, length, prompt in ends for position in range(length - num_new, length)
+            ]  # fmt: skip
+            lengths_1N = torch.tensor([lengths], device=self.cache.device)
+        common = common_to_layers(config, self.positions_1N, None, lengths_1N)
+        dtype = mask_dtype(self.cache.device, dtype)
         return {window: self._attend(replace(common, step=self), window, dtype) for window in set(windows)}
 
     def _attend(self, common: Attend, window: int, dtype: torch.dtype) -> Attend:
         segments = []
         for number in self.longer:
-            num_new, length, _ = self.segments[number]
+            num_new, length, *_ = self.segments[number]
             own = replace(common, positions=common.positions[:, self.rows[number]], rope=None)
             segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
         size, device = self.cache.block_size, self.cache.device

@@ -46,7 +46,7 @@ class Runner:
 
 
 def _segment(part: Part) -> Segment:
-    return Segment(len(part.tokens), part.start + len(part.tokens), part.blocks)
+    return Segment(len(part.tokens), part.start + len(part.tokens), part.blocks, part.prompt_length)
 
 
 def _wanted(parts: list[Part]) -> list[int]:
