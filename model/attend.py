@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels.paged_attention import Group
 from model.rope import rotary_tables
 
 if TYPE_CHECKING:
@@ -283,7 +284,9 @@ class Attend:
     step: "PagedStep | None" = None
     """If the row has new tokens of several texts."""
     segments: tuple["Attend", ...] = ()
-    """What the queries of each text attend to, in order; empty without a step."""
+    """What the queries of each text with several of them attend to, in the order of `step.longer`."""
+    singles: tuple[Group, ...] = ()
+    """Texts with one query, as they are attended to together."""
     has_past: bool = False
     """Whether there are keys before the first query."""
 

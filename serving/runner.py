@@ -25,6 +25,7 @@ class Runner:
     def __init__(
         self, served: Served, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        served.pack()
         self.served, self.device = served, device
         layers = [layer for layer, _ in served.model.layers.numbered()]
         self.cache = PagedCache(served.model.config, num_blocks, block_size, dtype, device, layers)

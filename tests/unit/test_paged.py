@@ -166,7 +166,7 @@ def filled_cache(num_blocks: int = 8) -> PagedCache:
     cache = PagedCache(config, num_blocks, SIZE, torch.float32, CPU)
     slots = torch.arange(num_blocks * SIZE)
     for layer in range(config.num_hidden_layers):
-        numbers = (slots + 100.0 * layer)[:, None, None].expand(-1, 2, 8)
+        numbers = (slots + 100.0 * layer)[:, None].expand(2, -1, 8)
         cache.append(layer, slots, numbers, -numbers)
     return cache
 
@@ -214,7 +214,7 @@ def test_keys_before_the_window_are_not_read():
     cache = PagedCache(model.config, 5, SIZE, torch.float32, CPU)
     for start, end in ((0, 14), (14, 17), (17, 18), (18, 20)):
         if cache.pool is not None:
-            cache.pool[:, : start - 4] = torch.nan
+            cache.pool[:, :, : start - 4] = torch.nan
         step = PagedStep(cache, [Segment(end - start, end, range(5))])
         hidden = model(torch.tensor([text[start:end]]), cache=step)[0]
         torch.testing.assert_close(hidden, model(torch.tensor([text]))[0, start:end], atol=1e-5, rtol=1e-5)
@@ -256,7 +256,7 @@ def test_parts_of_a_model_have_room_for_their_own_layers():
         cache = PagedCache(model.config, 3, SIZE, torch.float32, CPU, layers)
         step = PagedStep(cache, [Segment(7, 7, [2, 0])])
         hidden = model(torch.tensor([text]), cache=step, units=its, entering=hidden)
-        assert cache.pool is not None and cache.pool.shape == (2 * len(layers), 12, 2, 8)
+        assert cache.pool is not None and cache.pool.shape == (2 * len(layers), 2, 12, 8)
     assert torch.equal(hidden, whole(torch.tensor([text])))
 
 
