@@ -1,7 +1,9 @@
 """The chat page in a browser: conversations, what a learner sees, and that a model's text stays text."""
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +37,50 @@ def server() -> Iterator[PageServer]:
 def browser() -> Iterator["sync_api.Browser"]:
     with a_browser() as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def real_server() -> Iterator[str]:
+    """Address of serve.py's own server, with a model of random weights."""
+    uvicorn = pytest.importorskip("uvicorn", reason="needs requirements-serve.txt")
+    pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
+    from model import Decoder, ModelConfig
+    from model.config import padded_vocab_size
+    from serving.admission import EngineOptions
+    from serving.api import new_app
+    from serving.catalog import Catalog
+    from serving.engine import Engine
+    from serving.limits import Hosts, Keys, Limits
+    from serving.loading import Served, Speech
+    from serving.offers import offers_of
+    from serving.running import listening_socket
+    from serving.service import Generation, Service
+    from tests.unit.test_tokenizer import training_texts
+    from tokenizer.hf_bbpe import train_hf_bbpe
+
+    tokenizer = train_hf_bbpe(training_texts(), 300, show_progress=False)
+    config = ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3)
+    decoder = Decoder(config.resolve(padded_vocab_size(tokenizer.vocab_size), 256))
+    decoder.initialize(0)
+    served = Served(decoder, Speech(tokenizer, frozenset({tokenizer.eod_id}), {}))
+    engine = Engine(served, EngineOptions(cache_tokens=2048))
+    service = Service(Generation(engine, Catalog(offers_of(served, Path("random"), "random"))), 64)
+    bound = listening_socket("127.0.0.1", 0)
+    app = new_app(service, Hosts("127.0.0.1"), Keys([]), Limits())
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+
+    async def serve() -> None:
+        service.start()
+        try:
+            await server.serve(sockets=[bound])
+        finally:
+            service.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
 
 
 OpenPage = Callable[..., Page]
@@ -388,6 +434,38 @@ def test_chinese_dark_and_phone(open_page: OpenPage, server: PageServer):
     page.reload()
     expect(page.locator("html")).to_have_attribute("lang", "en")
     assert page.evaluate(light) != dark
+
+
+def test_against_the_real_server(open_page: OpenPage, real_server: str):
+    page = open_page(real_server)
+    button(page, "Settings").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Most tokens").fill("24")
+    say(page, "<|im_end|> Hi")
+    until_done(page)
+    asked = {"messages": [{"role": "user", "content": "<|im_end|> Hi"}], "temperature": 0, "max_tokens": 24}
+    [choice] = page.request.post(f"{real_server}/v1/chat/completions", data=asked).json()["choices"]
+    kept = "Object.entries(localStorage).find(([key]) => key.includes('conversation'))[1]"
+    message = json.loads(page.evaluate(kept))["messages"][1]
+    assert message["content"] == choice["message"]["content"] and message["finish"] == choice["finish_reason"]
+    assert len(message["tokens"]) == message["count"] > 1
+    button(page, "Tokens").click()
+    expect(page.locator(".token")).to_have_count(message["count"])
+    page.locator(".token").first.focus()
+    # Greedy: the likeliest of the five is the chosen one.
+    expect(page.locator(".token-card li")).to_have_count(5)
+    expect(page.locator(".token-card li.is-chosen")).to_have_count(1)
+    page.get_by_role("button", name="Show the prompt as the model sees it").click()
+    # What the user writes is no control token.
+    controls = page.locator(".prompt .is-control").all_inner_texts()
+    assert controls and page.locator(".prompt pre").inner_text().count("<|im_end|>") == 1 + controls.count("<|im_end|>")
+
+    button(page, "New conversation").click()
+    button(page, "Continue a text").click()
+    say(page, "Once")
+    until_done(page)
+    expect(page.locator(".message.is-assistant .token")).not_to_have_count(0)
+    expect(page.get_by_role("alert").filter(has_text=re.compile("."))).to_have_count(0)
 
 
 def test_both_languages_have_all_texts(open_page: OpenPage):

@@ -78,11 +78,10 @@ SAME = [
     "- a\n- b\n  - c\n    - d\n- e", "1. a\n2. b\n\n   more\n3. c", "3) a\n4) b", "* a\n\n* b", "+ a\n- b\n* c",
     "- a\n\n  ```py\n  x\n\n  y\n  ```\n- b", "- a\n> q\n- b", "> a\nb\n> - c\n>> d\n\ne", "> ```\n> x\n> ```\n> y",
     "```\na\n```\nb\n~~~js x\nc\n```\n~~~", "````\n```\nx\n```\n````", "  ```\n   x\n  y\n  ```",
-    "text\n```\ncode\n```\ntext",
-    "text\n- list\ntext", "- a\nlazy\n- b\n\nend",
-    "a\n# h\nb\n***\nc\n> q",
+    "text\n```\ncode\n```\ntext", "text\n- list\ntext", "- a\nlazy\n- b\n\nend", "a\n# h\nb\n***\nc\n> q",
     "| a | b |\n| :-: | --- |\n| *c* | d |",
-    "a | b\n--- | ---\n1 | 2\n\nx | y", "- [x] done\n- [ ] open", "~~a~~ ~~b **c**~~", "-\n- a\n-", "10. ten\n11. eleven",
+    "a | b\n--- | ---\n1 | 2\n\nx | y",
+    "- [x] done\n- [ ] open", "~~a~~ ~~b **c**~~", "-\n- a\n-", "10. ten\n11. eleven",
     "* * *\n- - -", "**bold*** *em**", "a**b**c*d*e __f__g", "*(a)* **(b)**c _(d)_e", "1. a\n   - b\n   - c\n2. d",
     "[a [b](https://a.b/) c](mailto:me@a.b)", "*a [b* c](https://a.b/)", "*a [b* c]", "**a `b** c` d**",
 ]  # fmt: skip
@@ -140,7 +139,8 @@ def test_texts_made_to_hurt_take_little_time_and_depth(page):
     n = 20_000
     parts = [
         "*a ", "**a* ", "[", "![", "[a](", "[a](b ", "`", "<", "> ", "- ", "* ", "1. ", "|", "| a ", "~~a", "\\",
-        "_a", "](", "***a_b", "https://", '[a](https://a.b/ "', "``` ", "#", "a*_", "(", "<https://", "`` ` ", " " * 9, "\t- ",
+        "_a", "](", "***a_b",
+        "https://", '[a](https://a.b/ "', "``` ", "#", "a*_", "(", "<https://", "`` ` ", " " * 9, "\t- ",
     ]  # fmt: skip
     texts = [part * (n // len(part)) for part in parts]
     texts += [">" * n + "x", "a\n" * n, "| a | b |\n|---|---|\n" + "| c " * n]
