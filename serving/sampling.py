@@ -25,6 +25,9 @@ _LARGEST_SEED = 1 << 63
 _WORD = 1 << 64
 _ROWS_AT_ONCE = 64
 """Rows of log-probabilities that are in memory at the same time."""
+_SCORES_AT_ONCE = 1 << 18
+_USUAL_NUCLEUS = 512
+"""Tokens that usually reach top_p."""
 
 
 def check(sampling: Sampling, vocab_size: int, n: int = 1) -> None:
@@ -252,11 +255,15 @@ def _draw(scores_RV: Tensor, rows: Sequence[RowState]) -> list[int]:
         options = row.sampling
         key = 0 < options.top_k < scores_RV.shape[1], options.top_p < 1 or options.min_p > 0
         groups.setdefault(key, []).append(r)
-    for (has_top_k, has_limits), chosen in groups.items():
-        some_RV = scores_RV if len(chosen) == len(rows) else scores_RV[chosen]
-        ids = _draw_alike(some_RV, [rows[r] for r in chosen], has_top_k, has_limits)
-        for r, token_id in zip(chosen, ids):
-            drawn[r] = token_id
+    # So few rows at once that what is computed stays in a CPU's cache.
+    step = max(1, _SCORES_AT_ONCE // scores_RV.shape[1]) if scores_RV.device.type == "cpu" else len(rows)
+    for (has_top_k, has_limits), members in groups.items():
+        for start in range(0, len(members), step):
+            chosen = members[start : start + step]
+            some_RV = scores_RV if len(chosen) == len(rows) else scores_RV[chosen]
+            ids = _draw_alike(some_RV, [rows[r] for r in chosen], has_top_k, has_limits)
+            for r, token_id in zip(chosen, ids):
+                drawn[r] = token_id
     return drawn
 
 
@@ -269,24 +276,32 @@ def _draw_alike(scores_RV: Tensor, rows: Sequence[RowState], has_top_k: bool, ha
 
     # The highest weight. The sum of all of them stays below 2^63.
     largest = 2.0 ** (62 - vocab_size.bit_length())
-    best_R1, ids_RM = scores_RV.amax(dim=1, keepdim=True), None
+    best_R1, ids_RM = scores_RV.amax(dim=1, keepdim=True).double(), None
     if has_top_k:
-        top_k = column([one.top_k for one in options], torch.int64)
-        least_R1 = scores_RV.topk(int(top_k.max())).values.gather(1, top_k - 1)
+        least_R1 = _kth_highest(scores_RV, [one.top_k for one in options])
         # Equals of the last one stay, as in transformers.
         ids_RM, scores_RV = _at_least(scores_RV, least_R1, -math.inf)
-    scaled_RM = (scores_RV.double() - best_R1) / column([one.temperature for one in options])
-    weights_RM = (scaled_RM.exp_() * largest).long()
+    temperature = column([one.temperature for one in options])
+
+    def weights_of(scores: Tensor) -> Tensor:
+        return scores.double().sub_(best_R1).div_(temperature).exp_().mul_(largest).long()
+
+    weights_RM = weights_of(scores_RV)
     if has_limits:
         top_p, min_p = column([one.top_p for one in options]), column([one.min_p for one in options])
         total_R1 = weights_RM.sum(dim=1, keepdim=True)
-        needed_R1 = torch.where(top_p < 1, (top_p * total_R1).long().clamp_(min=1), total_R1)
-        smallest_R1 = (min_p * largest).long()
+        needed_R1 = torch.where(top_p < 1, (top_p * total_R1).long().clamp_(min=1), 1)
+        smallest_R1 = (min_p * largest).long().clamp_(min=1)
         if ids_RM is None:
-            # All tokens below this weight have together less than top_p leaves out.
-            unneeded_R1 = (total_R1 - needed_R1) // vocab_size
-            ids_RM, weights_RM = _at_least(weights_RM, torch.where(top_p < 1, unneeded_R1, smallest_R1), 0)
-        weights_RM = _nucleus(weights_RM, needed_R1)
+            # The likeliest tokens usually reach top_p. Without it, min_p alone decides.
+            last_R1 = weights_of(_kth_highest(scores_RV, [min(_USUAL_NUCLEUS, vocab_size)] * len(rows)))
+            ids_RM, likely_RM = _at_least(weights_RM, torch.where(top_p < 1, last_R1, smallest_R1).clamp_(min=1), 0)
+            if bool((likely_RM.sum(dim=1, keepdim=True) < needed_R1).any()):
+                # All tokens below this weight have together less than top_p leaves out.
+                unneeded_R1 = (total_R1 - needed_R1) // vocab_size
+                ids_RM, likely_RM = _at_least(weights_RM, torch.where(top_p < 1, unneeded_R1, smallest_R1), 0)
+            weights_RM = likely_RM
+        weights_RM = torch.where(top_p < 1, _nucleus(weights_RM, needed_R1), weights_RM)
         weights_RM = weights_RM.masked_fill_(weights_RM < smallest_R1, 0)
     sums_RM = weights_RM.cumsum(dim=1)
     numbers = column([uniform(row.seed, row.choice, row.number) for row in rows])
@@ -327,6 +342,16 @@ def _sorted(values_RM: Tensor) -> Tensor:
     if values_RM.device.type == "cpu":
         return torch.from_numpy(np.sort(values_RM.numpy(), axis=1))
     return values_RM.sort(dim=1).values
+
+
+def _kth_highest(values_RV: Tensor, counts: list[int]) -> Tensor:
+    """Each row's k-th highest value, (R, 1), given k for each row."""
+    if values_RV.device.type == "cpu":
+        places = [values_RV.shape[1] - count for count in counts]
+        parted_RV = np.partition(values_RV.numpy(), sorted(set(places)), axis=1)
+        return torch.from_numpy(parted_RV[range(len(places)), places]).unsqueeze(1)
+    places_R1 = torch.tensor(counts, device=values_RV.device).unsqueeze(1) - 1
+    return values_RV.topk(max(counts)).values.gather(1, places_R1)
 
 
 def filtered(scores_RV: Tensor, options: Sampling, min_kept: int = 1) -> Tensor:
