@@ -28,6 +28,7 @@ ALLOWED = {
     "optimizer": {"checkpoint.named", "parallel.buffer", "parallel.contract", "utils.options"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "parallel", "tokenizer", "utils"},
+    "evaluation": set(),
     "tokenizer": {"utils"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # Readers need no tokenizer, and layouts of conversations need only its messages.

@@ -1,0 +1,170 @@
+"""The scheduler: random requests, cancellations, forks and beams in caches that are far too small. A model's cache is a
+list of tokens here, so that each step can be checked against what it must have been able to read."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from serving.cache import Blocks
+from serving.scheduler import Planned, Scheduler, Sequence, Unit
+
+
+@dataclass
+class Pool:
+    """Tokens, and whose adapter computed them, where a model would have their keys and values."""
+
+    blocks: Blocks
+    slots: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.slots = [(None, ())] * (self.blocks.count * self.blocks.block_size)
+
+    def run(self, planned: Planned) -> None:
+        size, slots = self.blocks.block_size, self.slots
+        plan, written = planned.plan, set()
+        old = list(slots)
+        for source, target in plan.copies:
+            slots[target * size : (target + 1) * size] = old[source * size : (source + 1) * size]
+        assert len({target for _, target in plan.copies}) == len(plan.copies)
+        for (unit, sequence, _), part in zip(planned.owners, plan.parts, strict=True):
+            assert part.start == sequence.num_computed and part.tokens
+            end = part.start + len(part.tokens)
+            assert sequence.tokens[part.start : end] == part.tokens and unit.adapter == plan.adapter
+            assert part.blocks == sequence.table.blocks[: len(part.blocks)]
+            assert len(part.blocks) == self.blocks.blocks_for(end)
+            places = [part.blocks[n // size] * size + n % size for n in range(end)]
+            # A slot stands for all that its keys and values depend on: the tokens up to it.
+            for n in range(part.start):
+                assert slots[places[n]] == (plan.adapter, tuple(sequence.tokens[: n + 1])), "read what is not there"
+            for n in range(part.start, end):
+                # Beams that are computed again may have to share what the first of them writes.
+                same = [one for one in unit.sequences if one.tokens[: n + 1] == sequence.tokens[: n + 1]]
+                block = part.blocks[n // size]
+                having = sum(block in one.table.blocks for one in same)
+                assert self.blocks.users[block] == having and (having == 1 or end < len(sequence.tokens)), "wrote twice"
+                assert self.blocks.key_of(block) is None
+                assert places[n] not in written
+                written.add(places[n])
+            # What is written in this step can be read from the next one on: parts do not depend on their order.
+            for n in range(part.start, end):
+                slots[places[n]] = (plan.adapter, tuple(sequence.tokens[: n + 1]))
+
+
+class World:
+    """Requests that come, go on, fork, branch and end at random."""
+
+    def __init__(self, seed: int, **sizes):
+        self.random = random.Random(seed)
+        draw = self.random.randint
+        self.size = draw(1, 5)
+        self.blocks = Blocks(sizes.get("count", draw(4, 16)), self.size, sizes.get("shares", bool(draw(0, 4))))
+        self.max_running = draw(1, 6)
+        self.scheduler = Scheduler(
+            self.blocks, self.max_running, draw(self.max_running, 3 * self.max_running + 8), draw(1, 5)
+        )
+        self.pool, self.alive, self.arrived, self.ended = Pool(self.blocks), [], 0, 0
+        self.waited: dict[Unit, int] = {}
+
+    def submit(self) -> None:
+        draw = self.random.randint
+        width = draw(1, self.max_running) if not draw(0, 2) else 1
+        prompt = [draw(0, 1) for _ in range(draw(1, 4 * self.size))]
+        if draw(0, 1):
+            prompt = [0] * (2 * self.size) + prompt
+        limit, is_search = len(prompt) + draw(0, 3 * self.size), bool(draw(0, 1)) and width > 1
+        if self.scheduler.fits(len(prompt), limit, width if is_search else 1):
+            unit = Unit((self.arrived, 0), [Sequence(prompt)], limit, width, self.random.choice([None, "a", "b"]),
+                        not draw(0, 4), is_search)  # fmt: skip
+            self.arrived += 1
+            self.alive.append(unit)
+            self.scheduler.add(unit)
+
+    def cancel(self) -> None:
+        if self.alive:
+            self.end(self.random.choice(self.alive))
+
+    def end(self, unit: Unit) -> None:
+        self.alive.remove(unit)
+        self.scheduler.end(unit)
+        self.ended += 1
+
+    def step(self) -> bool:
+        planned = self.scheduler.plan()
+        if planned is None:
+            return False
+        parts = planned.plan.parts
+        assert sum(len(part.tokens) for part in parts) <= self.scheduler.tokens_a_step
+        assert sum(unit.num_places for unit in self.scheduler.running) <= self.max_running
+        for unit, _, part in planned.owners:
+            assert part.num_scores == len(part.tokens) or not unit.wants_scores
+        assert sum(p.num_scores for u, _, p in planned.owners if u.wants_scores) <= self.scheduler.scores_a_step
+        self.check_tables()
+        self.pool.run(planned)
+        done: dict[Unit, int] = {}
+        for owner in planned.owners:
+            if owner.is_last:
+                assert owner.part.num_scores
+                done[owner.unit] = done.get(owner.unit, 0) + 1
+        self.scheduler.computed(planned)
+        for unit, number in done.items():
+            assert number == len(unit.sequences), "beams step together"
+            self.go_on(unit)
+        self.check_tables()
+        return True
+
+    def go_on(self, unit: Unit) -> None:
+        draw = self.random.randint
+        if len(unit.sequences[0].tokens) >= unit.limit:
+            self.end(unit)
+        elif unit.is_search:
+            count = unit.num_places
+            parents = [draw(0, len(unit.sequences) - 1) for _ in range(count)]
+            # Beams of one parent are different texts.
+            tokens = [2 + number for number in range(count)]
+            self.scheduler.select(unit, parents, tokens)
+            if len(unit.sequences[0].tokens) == unit.limit or not draw(0, 9):
+                self.end(unit)
+        else:
+            units = [unit, *self.scheduler.fork(unit, unit.width)]
+            self.alive += units[1:]
+            for one in units:
+                one.sequences[0].tokens.append(draw(0, 1))
+                if len(one.sequences[0].tokens) == one.limit or not draw(0, 9):
+                    self.end(one)
+
+    def check_tables(self) -> None:
+        users = [0] * self.blocks.count
+        for unit in self.scheduler.running:
+            for sequence in unit.sequences:
+                assert len(set(sequence.table.blocks)) == len(sequence.table.blocks)
+                for block in sequence.table.blocks:
+                    users[block] += 1
+        assert users == self.blocks.users
+        assert self.blocks.num_used == sum(count > 0 for count in users)
+        for unit in self.scheduler.waiting:
+            assert all(sequence.table is None and not sequence.num_computed for sequence in unit.sequences)
+        assert set(self.alive) == {*self.scheduler.running, *self.scheduler.waiting}
+
+    def finish(self) -> None:
+        for _ in range(5000):
+            if not self.step():
+                break
+        assert not self.alive and not self.blocks.num_used and not self.scheduler._coming
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_random_lives(first: int):
+    preemptions = ended = 0
+    for seed in range(first, first + 20):
+        world = World(seed)
+        for _ in range(60):
+            for _ in range(world.random.choice([0, 0, 1, 2])):
+                world.submit()
+            if not world.random.randint(0, 12):
+                world.cancel()
+            world.step()
+        world.finish()
+        preemptions += world.scheduler.num_preemptions
+        ended += world.ended
+    assert preemptions > 20 and ended > 400
