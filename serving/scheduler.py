@@ -148,12 +148,12 @@ class Scheduler:
         """The next step; None if there is nothing to do. Call `computed` once it has run."""
         if not self.running and not self.waiting:
             return None
-        adapters = set(self._last_turns)
+        adapters, preemptions = set(self._last_turns), self.num_preemptions
         if len(adapters) > 1:
             adapters = {unit.adapter for unit in (*self.running, *self.waiting)}
         for adapter in sorted(adapters, key=lambda adapter: self._last_turns[adapter]):
             step = _Step(self, adapter)
-            step.fill()
+            step.fill(is_full=self.num_preemptions > preemptions)
             if step.owners:
                 self._num_turns += 1
                 self._last_turns[adapter] = self._num_turns
@@ -268,7 +268,12 @@ class _Step:
         self.owners: list[Scored] = []
         self.copies: list[tuple[int, int]] = []
 
-    def fill(self) -> None:
+    def fill(self, is_full: bool) -> None:
+        """Add what can be computed.
+
+        Args:
+            is_full: somebody had to give up blocks just now, so nobody is admitted.
+        """
         preemptions = self.scheduler.num_preemptions
         running = sorted((unit for unit in self.scheduler.running if unit.adapter == self.adapter),
                          key=lambda unit: unit.arrival)  # fmt: skip
@@ -281,7 +286,7 @@ class _Step:
         for unit in beginning:
             if unit in self.scheduler.running:
                 self._add_prompt(unit)
-        if self.scheduler.num_preemptions == preemptions:
+        if not is_full and self.scheduler.num_preemptions == preemptions:
             self._admit()
 
     def _make_room(self, unit: Unit) -> bool:
