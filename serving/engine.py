@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.rope import length_group
 from serving.admission import EngineOptions, limit_of, width_of
 from serving.beams import BeamSearch
 from serving.cache import Blocks
@@ -131,7 +132,8 @@ class Engine:
         stop_ids = sampling.stop_ids | (frozenset() if sampling.ignores_eos else speech.stop_ids)
         unit = Unit(
             (self._num_arrived, 0), [Sequence(list(prompt_ids))], limit, width_of(request), request.adapter,
-            sampling.prompt_logprobs is not None, sampling.num_beams > 1,
+            sampling.prompt_logprobs is not None, sampling.num_beams > 1, prompt_length=len(prompt_ids),
+            group=length_group(self.served.model.config, len(prompt_ids)),
         )  # fmt: skip
         search = None
         if sampling.num_beams > 1 and limit > len(prompt_ids):
