@@ -164,7 +164,7 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
         served = load(path, adapters, device, dtype, args.load_in_4bit)
         options = EngineOptions(
             max_running=args.max_running, tokens_a_step=max(args.max_running, EngineOptions.tokens_a_step),
-            cache_gb=args.cache_gb or 0.0, batch_invariant=args.batch_invariant,
+            cache_gb=args.cache_gb or 0.0, leaves_room=args.follow, batch_invariant=args.batch_invariant,
         )  # fmt: skip
         offers = offers_of(served, path, name)
         step = offers[0].step
