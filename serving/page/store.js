@@ -77,7 +77,11 @@ function dropTokens(except) {
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(CONVERSATION + id);
+  try {
+    localStorage.removeItem(CONVERSATION + id);
+  } catch {
+    // A browser that keeps nothing has nothing to delete.
+  }
 }
 
 /** Whether a change in another tab concerns conversations. */
