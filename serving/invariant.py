@@ -69,7 +69,8 @@ class InvariantRunner(Runner):
     def _scores(self, parts: Sequence[Part]) -> Tensor:
         rows = list(rows_of(parts))
         rows += -len(rows) % ROWS * [self._spare]
-        return torch.cat([self.scores_of(rows[end - ROWS : end], self.cache) for end in range(ROWS, len(rows) + 1, ROWS)])
+        passes = [rows[first : first + ROWS] for first in range(0, len(rows), ROWS)]
+        return torch.cat([self.scores_of(its_rows, self.cache) for its_rows in passes])
 
     def scores_of(self, rows: Sequence[Row], cache: PagedCache) -> Tensor:
         """Scores of those rows of a pass that are wanted, (R, V)."""
