@@ -279,11 +279,6 @@ class PagedStep:
             own = replace(common, positions=common.positions[:, self.rows[number]], rope=None)
             segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
         size, device = self.cache.block_size, self.cache.device
-        arguments = self.num_new, size, window, common.slopes, device
-        if self.one_by_one:
-            assert not self.longer
-            groups = (groups_of([single], *arguments)[0] for single in self._singles)
-            singles = [group._replace(place=None) for group in groups]
-        else:
-            singles = groups_of(self._singles, *arguments)
+        assert not (self.one_by_one and self.longer)
+        singles = groups_of(self._singles, self.num_new, size, window, common.slopes, device, self.one_by_one)
         return replace(common, segments=tuple(segments), singles=tuple(singles))
