@@ -90,7 +90,7 @@ def attend_table_reference(q_NHD: Tensor, keys_KPD: Tensor, values_KPD: Tensor, 
 
 
 @jit
-def _parts_kernel(
+def _attend_part_kernel(
     q_ptr, k_ptr, v_ptr, blocks_ptr, lengths_ptr, slopes_ptr, max_ptr, sum_ptr, out_ptr, scale,
     q_stride, q_head_stride, slot_stride, head_stride, table_stride, num_parts,
     BLOCK_SIZE: constexpr, WINDOW: constexpr, ALIBI: constexpr, GROUP: constexpr, BLOCK_G: constexpr, DIM: constexpr,
@@ -143,7 +143,7 @@ def _parts_kernel(
 
 
 @jit
-def _sum_kernel(
+def _add_parts_kernel(
     max_ptr, sum_ptr, mixed_ptr, lengths_ptr, out_ptr, num_parts, num_heads,
     WINDOW: constexpr, DIM: constexpr, BLOCK_D: constexpr, SPLIT: constexpr,
 ):  # fmt: skip
@@ -191,13 +191,13 @@ def _paged_decoding(
     # Products of matrices need at least 16 rows and columns.
     block_d = max(next_power_of_2(dim), 16)
     block_g = max(next_power_of_2(num_heads // kv_heads), 16)
-    _parts_kernel[(num_rows, kv_heads, num_parts)](
+    _attend_part_kernel[(num_rows, kv_heads, num_parts)](
         q, k, v, blocks, lengths, lengths if slopes is None else slopes, largest, total, mixed, 1 / math.sqrt(dim),
         q.stride(0), q.stride(1), k.stride(1), k.stride(0), blocks.stride(0), num_parts, BLOCK_SIZE=block_size,
         WINDOW=window, ALIBI=slopes is not None, GROUP=num_heads // kv_heads, BLOCK_G=block_g, DIM=dim,
         BLOCK_D=block_d, SPLIT=SPLIT, TILE=TILE, num_warps=4,
     )  # fmt: skip
-    _sum_kernel[(num_rows * num_heads,)](
+    _add_parts_kernel[(num_rows * num_heads,)](
         largest, total, mixed, lengths, out, num_parts, num_heads, WINDOW=window, DIM=dim, BLOCK_D=block_d,
         SPLIT=SPLIT, num_warps=1,
     )  # fmt: skip
