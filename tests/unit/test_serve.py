@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +27,9 @@ pytest.importorskip("prometheus_client", reason="needs requirements-serve.txt")
 
 import serve
 from checkpoint.folder import MANIFEST, sealed
+from serving import running
 from serving.api import new_app
-from serving.catalog import Catalog
+from serving.catalog import Catalog, Offer
 from serving.engine import Engine, EngineOptions
 from serving.follow import Follower
 from serving.generation import generate, load_model
@@ -305,13 +308,12 @@ class Follows:
 
 
 def test_which_checkpoint_is_taken(folder: Path, run: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture):
-    refused: list[int] = []
+    faults: dict[str, Exception] = {}
 
-    def load(path: Path, step: int) -> Generation:
-        assert path.name == f"step-{step}"
-        if step in refused:
-            raise ValueError("it has another tokenizer")
-        return Generation(FakeEngine(tokenizer), Catalog([]), f"step-{step}")
+    def load(path: Path) -> Generation:
+        if path.name in faults:
+            raise faults[path.name]
+        return Generation(FakeEngine(tokenizer), Catalog([]), path.name)
 
     service = Follows()
     follower = Follower(run / "ckpt", 10, service, load)
@@ -321,20 +323,30 @@ def test_which_checkpoint_is_taken(folder: Path, run: Path, tokenizer: Tokenizer
     save(folder, run, 12)
     (run / "ckpt" / "step-13.tmp").mkdir()
     assert follower.look() and not follower.look()
-    # Broken ones, and those that cannot be loaded, are named once.
-    refused.append(30)
-    save(folder, run, 30)
-    save(folder, run, 40, broken=True)
+    # Those that are broken or cannot be loaded are named once.
+    faults["step-30"], faults["step-31"] = ValueError("it has another tokenizer"), MemoryError("none is left")
+    for step in (30, 31, 40):
+        save(folder, run, step, broken=step == 40)
     (run / "ckpt" / "step-50").mkdir()
     assert not follower.look() and not follower.look()
-    assert len(caplog.messages) == 2 and "step-40 is skipped: model.safetensors holds" in caplog.text
-    assert "step-30 is skipped: it has another tokenizer" in caplog.text
-    # While an older model still works, there is no room for another.
+    assert [message.rpartition("/")[2] for message in caplog.messages] == [
+        "step-40 is skipped: model.safetensors holds 6 bytes instead of " + str(_size(folder)),
+        "step-31 is skipped: MemoryError: none is left", "step-30 is skipped: it has another tokenizer",
+    ]  # fmt: skip
+    # A disk may come back.
     save(folder, run, 60)
+    faults["step-60"] = OSError("it is away")
+    assert not follower.look() and not follower.look() and len(caplog.messages) == 4
+    # While an older model still works, there is no room for another.
+    del faults["step-60"]
     service.has_old = True
     assert not follower.look()
     service.has_old = False
     assert follower.look() and service.steps == ["step-12", "step-60"]
+
+
+def _size(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -369,6 +381,99 @@ def test_mistakes_are_found_without_torch(folder: Path, tmp_path: Path):
                           env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=120)  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "the package fastapi is missing" in done.stderr
+
+
+def test_a_connection_without_a_request_is_closed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Whether it brings nothing or a part; one whose answer takes longer stays."""
+    monkeypatch.setattr(running, "_REQUEST_WITHIN_S", 0.2)
+    servers, is_ready = [], threading.Event()
+
+    class Seen(running._Server):
+        def __init__(self, *arguments: object):
+            super().__init__(*arguments)
+            servers.append(self)
+
+    monkeypatch.setattr(running, "_Server", Seen)
+    engine, bound = FakeEngine(tokenizer), running.listening_socket("127.0.0.1", 0)
+    offer = Offer("tiny", None, None, tokenizer, frozenset(), 128, None)
+    service = Service(Generation(engine, Catalog([offer])), 8)
+    app = new_app(service, Hosts("127.0.0.1"), Keys([]), Limits())
+    thread = threading.Thread(target=running.run, args=(app, service, bound, is_ready.set))
+    thread.start()
+    assert is_ready.wait(60)
+    address = bound.getsockname()
+    for part in (b"", b"GET /health HT"):
+        with socket.create_connection(address, timeout=30) as idle:
+            idle.sendall(part)
+            assert idle.recv(100) == b""
+    engine.gate.clear()
+    connection = connect(address[1])
+    answer = post(connection, {"prompt": "ab", "max_tokens": 2, "stream": True})
+    time.sleep(0.7)
+    engine.gate.set()
+    assert answer.read().endswith(b"[DONE]\n\n")
+    assert service._loop is not None
+    service._loop.call_soon_threadsafe(servers[0].let_finish)
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def real(folder: Path) -> Iterator[Client]:
+    """The application on the engine itself."""
+    served = load(folder, {}, torch.device("cpu"), torch.float32)
+    engine = Engine(served, EngineOptions(max_running=8))
+    service = Service(Generation(engine, Catalog(offers_of(served, folder, "tiny"))), 64)
+    client = Client(partial(started, service))
+    yield client
+    service.close()
+    client.close()
+
+
+@torch.no_grad()
+def test_a_text_is_scored_as_evaluation_programs_ask(real: Client, folder: Path, tokenizer: Tokenizer):
+    """By the body that lm-eval's local-completions sends, against the model's own scores."""
+    model = load_model(folder, torch.device("cpu"), torch.float32).model
+    texts = [tokenizer.encode("a text, 漢字 and more"), tokenizer.encode("another")]
+    body = {"prompt": texts, "model": "tiny", "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True,
+            "temperature": 0}  # fmt: skip
+    reply = real.post("/v1/completions", body).json
+    for ids, choice in zip(texts, sorted(reply["choices"], key=lambda one: one["index"])):
+        scores = model.logits(model(torch.tensor([ids])))[0, :, : tokenizer.vocab_size].log_softmax(-1)
+        told = choice["logprobs"]
+        assert len(told["tokens"]) == len(ids) + 1
+        expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(told["token_logprobs"][1:-1]), expected, rtol=1e-4, atol=1e-4)
+        is_greedy = [max(top, key=top.get) == token for token, top in zip(told["tokens"], told["top_logprobs"]) if top]
+        assert is_greedy == [*(scores[:-1].argmax(-1) == torch.tensor(ids[1:])).tolist(), True]
+
+
+@pytest.mark.parametrize("more", [
+    {"temperature": 1e-300}, {"temperature": 100}, {"top_p": 1e-300}, {"top_k": 1 << 24}, {"min_p": 1},
+    {"repetition_penalty": 0.01}, {"repetition_penalty": 100}, {"logit_bias": {str(n): -100 for n in range(400)}},
+    {"logit_bias": {"5": 100}}, {"presence_penalty": 2, "frequency_penalty": -2}, {"seed": -(1 << 63)},
+    {"stop": ["\x00", "\ufffd", "e"], "include_stop_str_in_output": True}, {"min_tokens": 20, "ignore_eos": False},
+    {"min_tokens": 500}, {"num_beams": 4, "n": 4}, {"num_beams": 8, "temperature": 0, "early_stopping": True},
+    {"num_beams": 64}, {"n": 8, "logprobs": 20}, {"n": 9}, {"stop_token_ids": list(range(400))},
+    {"temperature": 0, "top_p": 1e-300, "min_p": 1, "top_k": 1}, {"num_beams": 2, "logprobs": 2},
+    {"num_beams": 2, "length_penalty": -100}, {"prompt_logprobs": 20, "logprobs": 20}, {"max_tokens": 0},
+    {"max_tokens": 0, "num_beams": 2}, {"max_tokens": 0, "prompt_logprobs": 1, "n": 2},
+])  # fmt: skip
+def test_extreme_values_are_no_fault(real: Client, more: dict):
+    """Either an answer or a sentence."""
+    for stream in (False, True):
+        if stream and "prompt_logprobs" in more:
+            continue
+        reply = real.post("/v1/completions", {"prompt": "x", "max_tokens": 20, "stream": stream} | more)
+        assert reply.status in (200, 400) and reply.is_complete, reply.body
+        if reply.status == 400:
+            assert reply.error["message"]
+        elif stream:
+            assert reply.events[-1] == "[DONE]" and not [one for one in reply.events[:-1] if "error" in one]
+            finishes = [one["choices"][0]["finish_reason"] for one in reply.events[:-1]]
+            assert sum(one in ("stop", "length") for one in finishes) == more.get("n", 1)
+        else:
+            assert all(one["finish_reason"] in ("stop", "length") for one in reply.json["choices"])
 
 
 def started(service: Service) -> Gate:
