@@ -156,8 +156,14 @@ class PagedStep:
         ValueError: a segment has not enough blocks.
     """
 
-    def __init__(self, cache: PagedCache, segments: Sequence[Segment]):
+    def __init__(self, cache: PagedCache, segments: Sequence[Segment], one_by_one: bool = False):
+        """
+        Args:
+            one_by_one: attend to each segment alone, over a copy of its keys: so nothing depends on other segments, or
+                on where the keys lie. For segments with one new token.
+        """
         size = cache.block_size
+        self.one_by_one = one_by_one
         self.cache, self.segments = cache, tuple(segments)
         positions: list[int] = []
         slots: list[int] = []
@@ -281,12 +287,16 @@ class PagedStep:
             num_new, length, *_ = self.segments[number]
             own = replace(common, positions=common.positions[:, self.rows[number]], rope=None)
             segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
-        arguments = (
-            self._singles, self.num_new, self.cache.block_size, window, common.slopes, self.cache.device
-        )  # fmt: skip
-        singles: list[Group] | list[Table] = []
-        if self.cache.attend_table is None:
-            singles = groups_of(*arguments)
-        elif self._singles:
-            singles = [table_of(*arguments)]
+        size, device = self.cache.block_size, self.cache.device
+        arguments = self.num_new, size, window, common.slopes, device
+        singles: list[Group] | list[Table]
+        if self.cache.attend_table is not None:
+            # Its bits depend on a text's own keys alone.
+            singles = [table_of(self._singles, *arguments)] if self._singles else []
+        elif self.one_by_one:
+            groups = (groups_of([single], *arguments)[0] for single in self._singles)
+            singles = [group._replace(place=None) for group in groups]
+        else:
+            singles = groups_of(self._singles, *arguments)
+        assert not (self.one_by_one and self.longer)
         return replace(common, segments=tuple(segments), singles=tuple(singles))
