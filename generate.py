@@ -92,7 +92,6 @@ def main(argv: list[str] | None = None) -> int:
         for path in (Path(args.model), *adapters.values()):
             resolve_checkpoint_dir(path)
         from serving.engine import EngineOptions
-
         from serving.opening import opened
 
         width = max(64, args.n, args.num_beams)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from serving.engine import Engine, EngineOptions
-
 from serving.loading import Served
 from serving.requests import Request, Sampling
 from tokenizer.chat_template import Message, template_of

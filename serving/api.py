@@ -311,7 +311,7 @@ def new_app(
     def observe(method: str, path: str, status: int, seconds: float) -> None:
         known = path if path in paths else "/page" if path.startswith("/page/") else "other"
         metrics.saw_http(known, status)
-        if log is not None:
+        if log is not None and (method == "POST" or status >= 400):
             log(f"{method} {known} {status or 'left'} {seconds:.3f} s")
 
     is_open = lambda path: path in ("/", "/health") or path.startswith("/page/")  # noqa: E731

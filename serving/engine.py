@@ -27,8 +27,9 @@ from serving.loading import Served
 from serving.plan import StepPlan
 from serving.pool import num_blocks_of
 from serving.requests import EngineStats, Finish, Piece, Request, TokenScore
+from serving.rows import RowState
 from serving.runner import Runner
-from serving.sampling import NO_TOKEN, RowState, check, sample, token_scores
+from serving.sampling import NO_TOKEN, check, sample, token_scores
 from serving.scheduler import Planned, Scheduler, Sequence, Unit
 from serving.text import TextStream
 

@@ -24,9 +24,27 @@ export function setKeyQuestion(ask) {
   askForKey = ask;
 }
 
+let unkept = null; // where the browser keeps nothing
+
+function keptKey() {
+  try {
+    return sessionStorage.getItem(KEY);
+  } catch {
+    return unkept;
+  }
+}
+
+function keepKey(key) {
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    unkept = key;
+  }
+}
+
 async function call(path, body, signal) {
   for (;;) {
-    const key = sessionStorage.getItem(KEY);
+    const key = keptKey();
     const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
     const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
     let response;
@@ -39,11 +57,11 @@ async function call(path, body, signal) {
     if (response.ok) return response;
     if (response.status !== 401) throw await problemOf(response);
     // Another request may have brought a new key meanwhile.
-    if (sessionStorage.getItem(KEY) === key) {
+    if (keptKey() === key) {
       const given = await askForKey(key !== null);
       signal?.throwIfAborted();
       if (given === null) throw new ServerError(t("needsKey"), 401);
-      sessionStorage.setItem(KEY, given);
+      keepKey(given);
     }
   }
 }

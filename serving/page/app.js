@@ -3,6 +3,7 @@
 import { generate, models as fetchModels, ServerError, setKeyQuestion, tokenize, USUAL_CONTINUATION } from "./api.js";
 import { ask, download, tell } from "./dialogs.js";
 import { el, icon } from "./dom.js";
+import { isAtEnd, isNarrow, listenToPanels, setSide, toEnd } from "./panels.js";
 import { requested, showFields } from "./sampling.js";
 import { readFiles, showList, titleOf } from "./sidebar.js";
 import * as store from "./store.js";
@@ -61,10 +62,10 @@ async function answer(conversation) {
   if (conversation === current) showConversation(true);
   byId("spoken").textContent = t("writing");
   const redraw = throttled(() => {
-    if (conversation !== current || !writing.has(conversation.id)) return;
-    const isAtEnd = atEnd();
+    if (conversation !== current || writing.get(conversation.id) !== controller) return;
+    const stays = isAtEnd();
     thread.update(messages.indexOf(message), true);
-    if (isAtEnd) toEnd();
+    if (stays) toEnd();
   });
   try {
     if (conversation.kind === "text") await measurePrompt(request, message, controller.signal);
@@ -78,10 +79,10 @@ async function answer(conversation) {
   if (!conversations.includes(conversation)) return;
   if (messages.includes(message)) keep(conversation);
   if (conversation === current && !writing.has(conversation.id)) {
-    const isAtEnd = atEnd();
+    const stays = isAtEnd();
     const place = messages.indexOf(message);
     if (place >= 0) thread.update(place, false);
-    if (isAtEnd) toEnd();
+    if (stays) toEnd();
     showComposer();
     byId("spoken").textContent = message.error ?? t("done", { text: message.content.slice(0, 1000) });
   }
@@ -263,38 +264,6 @@ function drawTexts() {
   byId("language").value = choices.language ?? "";
 }
 
-// ---- Panels
-
-const isNarrow = () => matchMedia("(max-width: 60rem)").matches;
-
-// On a narrow screen, a panel lies over the page, and the rest is out of reach until it closes.
-function setPanel(panel, opener, isOpen) {
-  panel.classList.toggle("is-open", isOpen);
-  opener.setAttribute("aria-expanded", String(isOpen));
-  const isOver = isOpen && isNarrow();
-  byId("shade").hidden = !isOver;
-  for (const part of document.querySelectorAll("main, #side, #settings")) part.inert = isOver && part !== panel;
-  if (isOver) panel.querySelector("button").focus();
-  else if (panel.contains(document.activeElement)) opener.focus();
-}
-
-function setSide(isOpen) {
-  setPanel(byId("side"), byId("open-side"), isOpen);
-}
-
-function setOptions(isOpen) {
-  byId("settings").hidden = !isOpen;
-  setPanel(byId("settings"), byId("open-settings"), isOpen);
-}
-
-// ---- Scrolling
-
-const atEnd = () => byId("scroller").scrollHeight - byId("scroller").scrollTop - byId("scroller").clientHeight < 60;
-
-function toEnd() {
-  byId("scroller").scrollTop = byId("scroller").scrollHeight;
-}
-
 // ---- Start
 
 function listen() {
@@ -319,17 +288,6 @@ function listen() {
     setSide(false);
     field.focus();
   });
-  on("open-side", "click", () => setSide(true));
-  on("close-side", "click", () => setSide(false));
-  on("open-settings", "click", () => setOptions(byId("settings").hidden));
-  on("close-settings", "click", () => setOptions(false));
-  on("shade", "click", () => (setSide(false), setOptions(false)));
-  on("scroller", "scroll", () => {
-    const { scrollTop, scrollHeight, clientHeight } = byId("scroller");
-    byId("jump").hidden = scrollHeight - scrollTop - clientHeight < 200;
-    document.querySelector("main").classList.toggle("is-scrolled", scrollTop > 8);
-  });
-  on("jump", "click", toEnd);
   on("tokens", "click", () => {
     setChoice("isShowingTokens", !choices.isShowingTokens);
     byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
@@ -380,10 +338,6 @@ function listen() {
     found.forEach(keep);
     if (found.length) open(found[0]);
   });
-  document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
-    if (!byId("shade").hidden) (setSide(false), setOptions(false));
-  });
   window.addEventListener("storage", (event) => {
     if (!store.concernsConversations(event) || writing.size) return;
     conversations = store.loadConversations();
@@ -406,6 +360,7 @@ function start() {
     ask({ title: t("keyTitle"), text: t(isRefused ? "keyWrong" : "keyText"), confirm: t("ok"), value: "", type: "password" }));
   byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
   listen();
+  listenToPanels();
   const last = conversations.find((one) => one.id === choices.open);
   if (last) open(last);
   else startNew();

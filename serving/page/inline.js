@@ -13,7 +13,7 @@ const LONGEST_RUN = 6;
 const PLAIN = /(?:(?!https?:\/\/)[^\\`<*_~![\]\n])+/y;
 const AUTOLINK = /<(https?:\/\/[^\s<>]*|mailto:[^\s<>]*)>/iy;
 const MAIL = /<([\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8})>/y;
-const BARE = /https?:\/\/[^\s<>"`\\]+/iy;
+const BARE = /https?:\/\/[^\s<>"`\\，。、；：！？（）【】「」《》“”]+/iy;
 const TARGET =
   /\([ \n]*(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))(?:[ \n]+(?:"[^"]*"|'[^']*'|\([^()]*\)))?[ \n]*\)/y;
 const ESCAPED = /[!-/:-@[-`{-~]/;
@@ -137,7 +137,7 @@ function withoutTail(address) {
   for (;;) {
     const last = address[end - 1];
     const body = address.slice(0, end);
-    if (/[?!.,:;*_~'"。，、；：！？）】」]/.test(last)) end -= 1;
+    if (/[?!.,:;*_~']/.test(last)) end -= 1;
     else if (last === ")" && body.split(")").length > body.split("(").length) end -= 1;
     else return body;
     if (address.length - end > 20) return address;

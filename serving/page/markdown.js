@@ -188,7 +188,7 @@ function interrupts(lines, i, depth, isInList = false) {
   if (depth < DEEPEST && QUOTE.test(line)) return true;
   const item = depth < DEEPEST && ITEM.exec(line);
   // A line that happens to begin with a year is no list.
-  if (item && item[4].trim() && (isInList || !/\d/.test(item[2]) || Number.parseInt(item[2], 10) === 1)) return true;
+  if (item && (isInList || (item[4].trim() && (!/\d/.test(item[2]) || Number.parseInt(item[2], 10) === 1)))) return true;
   return isTable(lines, i);
 }
 

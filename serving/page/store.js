@@ -77,7 +77,11 @@ function dropTokens(except) {
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(CONVERSATION + id);
+  try {
+    localStorage.removeItem(CONVERSATION + id);
+  } catch {
+    // A browser that keeps nothing has nothing to delete.
+  }
 }
 
 /** Whether a change in another tab concerns conversations. */
@@ -115,7 +119,8 @@ export function importJson(text) {
 
 /** Conversation as Markdown. `names` gives what the roles are called. */
 export function exportMarkdown(conversation, names) {
-  const { title, kind, model, system, messages } = conversation;
+  const { title, kind, system, messages } = conversation;
+  const model = messages.findLast((message) => message.model)?.model;
   if (kind === "text") return messages.map((message) => message.content).join("");
   const parts = [`# ${title}`, ...(model ? [`*${model}*`] : []), ...(system ? [`## ${names.system}`, system] : [])];
   for (const { role, content } of messages) parts.push(`## ${names[role]}`, content);

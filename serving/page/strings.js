@@ -117,6 +117,7 @@ export function setLanguage(chosen) {
   document.documentElement.lang = NAMES[language];
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
   for (const element of document.querySelectorAll("[data-hint]")) element.placeholder = t(element.dataset.hint);
+  for (const element of document.querySelectorAll("[data-title]")) element.title = t(element.dataset.title);
   for (const element of document.querySelectorAll("[data-label]")) {
     element.setAttribute("aria-label", t(element.dataset.label));
     if (element.matches("button")) element.title = t(element.dataset.label);

@@ -13,9 +13,11 @@ pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
 pytest.importorskip("prometheus_client", reason="needs requirements-serve.txt")
 
 from serving import openai_api, tgi_api
+from serving.answers import Choice
 from serving.api import new_app
 from serving.catalog import Catalog, Offer
 from serving.limits import Hosts, Keys, Limits, read_keys
+from serving.requests import Piece
 from serving.service import Generation, Service
 from tests.asgi import Client, Reply
 from tests.fake_engine import FakeEngine
@@ -199,7 +201,7 @@ WRONG_VALUES = [
     ({"n": 129}, "a request may ask for 128 texts at most, got 129"), ({"seed": 1 << 63}, "seed must be"),
     ({"seed": 0.5}, "seed must be"), ({"presence_penalty": 2.1}, "presence_penalty must be"),
     ({"frequency_penalty": [1]}, "frequency_penalty must be a number from -2 to 2, got a list"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be a number from 0.01"),
     ({"logit_bias": {"x": 1}}, "logit_bias must be an object whose keys are token ids"),
     ({"logit_bias": {"1": 101}}, "logit_bias must be an object whose values are numbers from -100 to 100"),
     ({"logit_bias": [1]}, "logit_bias must be an object"),
@@ -428,6 +430,17 @@ def test_a_prompt_can_be_scored_alone(place: Place):
     assert reply["usage"]["completion_tokens"] == 0
     # The context may be full then.
     assert place.post(COMPLETIONS, {"prompt": [1] * 128, "max_tokens": 0, "echo": True, "logprobs": 0}).status == 200
+
+
+def test_what_a_model_says_before_every_answer_is_left_out():
+    """The template writes it itself once the answer is part of the history."""
+    for lead, texts, told in (
+        ("\n", ["\n", "a", "\nb"], ["", "a", "\nb"]), ("\n\n", ["\n", "", "\na", "b"], ["", "", "a", "b"]),
+        ("\n\n", ["\n", "a"], ["", "\na"]), ("", ["a", "b"], ["a", "b"]), ("\n\n", ["\n"], ["\n"]),
+    ):  # fmt: skip
+        choice = Choice(0, 0, lead)
+        pieces = [Piece("x", 0, text, finish="stop" if n == len(texts) else None) for n, text in enumerate(texts, 1)]
+        assert [choice.add(piece) for piece in pieces] == told and choice.text == "".join(told)
 
 
 def test_no_logarithm_is_beyond_json(place: Place, monkeypatch: pytest.MonkeyPatch):

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving.engine import Engine
 
 import generate
 from data_preprocess.conversations import parse_record
 from model import Decoder, ModelConfig, hf
 from model.config import padded_vocab_size
 from serving.chat import Chat
+from serving.engine import Engine
 from serving.requests import Piece, Request, Sampling, TokenScore
 from serving.terminal import questions
 from tests.unit.test_tokenizer import training_texts

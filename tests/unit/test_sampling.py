@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from serving.requests import Sampling
-from serving.sampling import NO_TOKEN, RowState, adjust, check, filtered, sample, token_scores, uniform, uniforms
+from serving.rows import RowState, adjust, uniform, uniforms
+from serving.sampling import NO_TOKEN, check, filtered, sample, token_scores
 
 VOCAB = 60
 STOPS = frozenset({3, 7})
