@@ -103,6 +103,8 @@ class RowState:
 def adjust(scores_RV: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Scores with bias, penalties and forbidden stop tokens, float32 (R, V); the same tensor if no row has any.
 
+    As in transformers, the bias comes before `repetition_penalty`. The other penalties follow.
+
     Args:
         scores_RV: scores, or log-probabilities in a beam search; float32.
     """

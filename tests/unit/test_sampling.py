@@ -129,6 +129,7 @@ def test_large_vocabulary():
         for n, (token, state) in enumerate(zip(tokens, rows)):
             kept_V = filtered(scores_RV[n : n + 1], state.sampling)[0]
             assert token.id == by_formula(kept_V, state.sampling, uniform(7, n, 0)), (n, state.sampling)
+            assert sample(scores_RV[n : n + 1], [state]) == [token]
 
 
 def test_equal_scores():
