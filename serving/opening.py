@@ -63,10 +63,9 @@ def _with_others(
     """This rank's part of the model, and on rank 0 the engine. Collective."""
     served = _load(args, adapters, ranks.context.device, ranks)
     parameter = next(served.model.parameters())
-    own = num_blocks_of(served.model.config, options.block_size, options.cache_tokens, options.max_running,
-                        parameter.dtype, parameter.device)  # fmt: skip
     # As many as the rank with the least memory can hold.
-    count = min(ranks.context.gather(own))
+    count = min(ranks.context.gather(num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)))
+    options = replace(options, cache_tokens=count * options.block_size)
     runner = Runner(served, count, options.block_size, parameter.dtype, parameter.device)
     lockstep = Lockstep(runner, ranks.of_first)
     if not ranks.context.is_main:
@@ -74,7 +73,7 @@ def _with_others(
         yield None
         return
     try:
-        yield Opened(served, Engine(served, replace(options, cache_tokens=count * options.block_size), lockstep))
+        yield Opened(served, Engine(served, options, lockstep))
     finally:
         lockstep.end()
 
