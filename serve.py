@@ -14,7 +14,6 @@ import argparse
 import logging
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
     from serving.limits import Hosts, Keys
 
-_SHARES_OF_FOLLOWED = 3
-"""Part of the memory for keys and values that a model gets if the next one comes beside it."""
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -171,21 +168,17 @@ def serve(
     dtype = resolve_dtype(args.dtype, device)
 
     options = EngineOptions(
-        max_running=args.max_running, cache_gb=args.cache_gb or 0.0, batch_invariant=args.batch_invariant
-    )
+        max_running=args.max_running, cache_gb=args.cache_gb or 0.0, leaves_room=args.follow,
+        batch_invariant=args.batch_invariant,
+    )  # fmt: skip
 
-    def generation_of(path: Path, options: EngineOptions) -> Generation:
+    def generation_of(path: Path) -> Generation:
         served = load(path, adapters, device, dtype, args.load_in_4bit)
         offers = offers_of(served, path, name)
         step = offers[0].step
         return Generation(Engine(served, options), Catalog(offers), None if step is None else f"step-{step}")
 
-    first = generation_of(found, options)
-    if args.follow and args.cache_gb is None:
-        # Two models will share the memory, and their weights need some, too.
-        tokens = first.engine.stats().blocks * options.block_size // _SHARES_OF_FOLLOWED
-        options = replace(options, cache_tokens=max(tokens, options.block_size))
-        first = replace(first, engine=Engine(first.engine.served, options))
+    first = generation_of(found)
     service = Service(first, args.max_running + args.max_queue)
     limits = Limits(request_timeout_s=args.request_timeout)
     follower = None
@@ -201,7 +194,7 @@ def serve(
 
     if args.follow:
         directory, step = RunPaths(Path(args.model)).ckpt_dir, first.catalog.offers[0].step or 0
-        follower = Follower(directory, step, service, lambda path: generation_of(path, options))
+        follower = Follower(directory, step, service, generation_of)
     running.run(new_app(service, hosts, keys, limits, log=logging.getLogger("serve").info), service, bound, ready)
     return 0
 

@@ -152,8 +152,14 @@ class PagedStep:
         ValueError: a segment has not enough blocks.
     """
 
-    def __init__(self, cache: PagedCache, segments: Sequence[Segment]):
+    def __init__(self, cache: PagedCache, segments: Sequence[Segment], one_by_one: bool = False):
+        """
+        Args:
+            one_by_one: attend to each segment alone, over a copy of its keys: so nothing depends on other segments, or
+                on where the keys lie. For segments with one new token.
+        """
         size = cache.block_size
+        self.one_by_one = one_by_one
         self.cache, self.segments = cache, tuple(segments)
         positions: list[int] = []
         slots: list[int] = []
@@ -273,5 +279,11 @@ class PagedStep:
             own = replace(common, positions=common.positions[:, self.rows[number]], rope=None)
             segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
         size, device = self.cache.block_size, self.cache.device
-        singles = groups_of(self._singles, self.num_new, size, window, common.slopes, device)
+        arguments = self.num_new, size, window, common.slopes, device
+        if self.one_by_one:
+            assert not self.longer
+            groups = (groups_of([single], *arguments)[0] for single in self._singles)
+            singles = [group._replace(place=None) for group in groups]
+        else:
+            singles = groups_of(self._singles, *arguments)
         return replace(common, segments=tuple(segments), singles=tuple(singles))

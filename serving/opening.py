@@ -14,6 +14,7 @@ from model.divided import Cutter
 from optimizer.mixed_precision import resolve_dtype
 from parallel.context import destroy_context
 from serving.engine import Engine, EngineOptions
+from serving.invariant import InvariantRunner
 from serving.loading import Served, load
 from serving.lockstep import Lockstep
 from serving.pool import num_blocks_of
@@ -63,17 +64,18 @@ def _with_others(
     """This rank's part of the model, and on rank 0 the engine. Collective."""
     served = _load(args, adapters, ranks.context.device, ranks)
     parameter = next(served.model.parameters())
+    own = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
     # As many as the rank with the least memory can hold.
-    count = min(ranks.context.gather(num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)))
-    options = replace(options, cache_tokens=count * options.block_size)
-    runner = Runner(served, count, options.block_size, parameter.dtype, parameter.device)
+    count = min(ranks.context.gather(own))
+    kind = InvariantRunner if options.batch_invariant else Runner
+    runner = kind(served, count, options.block_size, parameter.dtype, parameter.device)
     lockstep = Lockstep(runner, ranks.of_first)
     if not ranks.context.is_main:
         lockstep.follow()
         yield None
         return
     try:
-        yield Opened(served, Engine(served, options, lockstep))
+        yield Opened(served, Engine(served, replace(options, cache_tokens=count * options.block_size), lockstep))
     finally:
         lockstep.end()
 

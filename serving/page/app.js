@@ -7,7 +7,7 @@ import { isAtEnd, isNarrow, listenToPanels, setSide, toEnd } from "./panels.js";
 import { requested, showFields } from "./sampling.js";
 import { readFiles, showList, titleOf } from "./sidebar.js";
 import * as store from "./store.js";
-import { number, setLanguage, t } from "./strings.js";
+import { number, sentence, setLanguage, t } from "./strings.js";
 import { grow, sends, Thread } from "./thread.js";
 
 const byId = (id) => document.getElementById(id);
@@ -98,8 +98,7 @@ async function measurePrompt(request, message, signal) {
 }
 
 function sentenceOf({ message, retryAfter }) {
-  const sentence = /[.?!。？！…]$/.test(message) ? message : `${message}.`;
-  return retryAfter ? `${sentence} ${t("retryAfter", { count: retryAfter })}` : sentence;
+  return retryAfter ? `${sentence(message)} ${t("retryAfter", { count: retryAfter })}` : sentence(message);
 }
 
 // At most one call a frame. A hidden tab draws no frames, and needs none.
@@ -225,7 +224,7 @@ function showModel() {
   const isText = current.kind === "text";
   byId("start").querySelector("h1").textContent = t(isText ? "greetingText" : "greeting");
   byId("about").textContent = model ? t("context", { model: model.id, count: number(model.max_model_len) }) : modelProblem;
-  const notes = [...(model && !model.chat ? [t("textOnly")] : []), ...(model?.notes ?? [])];
+  const notes = [...(model && !model.chat ? [t("textOnly")] : []), ...(model?.notes ?? []).map(sentence)];
   byId("notes").replaceChildren(...notes.map((note) => el("li", {}, note)));
   byId("mode").hidden = !model?.chat;
   for (const button of byId("mode").children) button.setAttribute("aria-pressed", String(button.value === current.kind));

@@ -105,6 +105,12 @@ export function t(key, values = {}) {
   return STRINGS[language][key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }
 
+/** What the server says, as a sentence: it begins with a capital, unless with a name such as max_tokens, and has an end. */
+export function sentence(text) {
+  const begun = text.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase());
+  return /[.?!。？！…]$/.test(begun) ? begun : `${begun}.`;
+}
+
 /** A number as the page's language writes it. */
 export function number(value, digits = 0) {
   return value.toLocaleString(NAMES[language], { minimumFractionDigits: digits, maximumFractionDigits: digits });

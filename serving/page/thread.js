@@ -84,7 +84,7 @@ export class Thread {
 
   copyButton(message) {
     const button = iconButton("copy", t("copy"), async () => {
-      if (!(await copyText(message.content))) return;
+      if (!(await copyText(this.textOf(message)))) return;
       button.replaceChildren(icon("check"));
       button.setAttribute("aria-label", t("copied"));
       setTimeout(() => {
@@ -93,6 +93,12 @@ export class Thread {
       }, 1500);
     });
     return button;
+  }
+
+  // Parts of a continued text are copied together.
+  textOf(message) {
+    const { kind, messages } = this.conversation;
+    return kind === "text" ? messages.map((one) => one.content).join("") : message.content;
   }
 
   editButton(view) {

@@ -702,6 +702,7 @@ def test_a_fault_of_the_engine(new_place: Callable[..., Place]):
     for _ in range(2):
         refused(place.post(COMPLETIONS, CONTINUED), 500)
     refused(place.post(COMPLETIONS, CONTINUED), 503, "must be started again")
+    assert b'zero2all_choices_total{finish="error"} 4.0' in place.get("/metrics").body
     assert place.get("/health").status == 503
 
 
