@@ -63,6 +63,8 @@ def draw_all(
     ]
     each = max(1, rows // samples)
     groups = [requests[begin : begin + each] for begin in range(0, len(requests), each)]
+    # Before the threads begin, or each engine would do it.
+    served.pack()
     is_cpu = next(served.model.parameters()).device.type == "cpu"
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1) if is_cpu else 1) as pool:
         drawn = pool.map(lambda group: _draw(served, group), groups)

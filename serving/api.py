@@ -154,11 +154,10 @@ class Generating(Response):
                     continue
                 if not pieces:
                     break
-                events: list[dict] = []
+                told = [(job.add(piece), piece.finish) for piece in pieces]
+                await self._tell(send, job, [one for events, finish in told if finish != "error" for one in events])
                 for piece in pieces:
                     _require_sound(piece)
-                    events += job.add(piece)
-                await self._tell(send, job, events)
             await self._tell(send, job, job.last())
         except Mistake as mistake:
             await self._tell(send, job, [mistake.as_json()])

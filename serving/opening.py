@@ -14,6 +14,7 @@ from model.divided import Cutter
 from optimizer.mixed_precision import resolve_dtype
 from parallel.context import destroy_context
 from serving.engine import Engine, EngineOptions
+from serving.invariant import InvariantRunner
 from serving.loading import Served, load
 from serving.lockstep import Lockstep
 from serving.pool import num_blocks_of
@@ -63,11 +64,11 @@ def _with_others(
     """This rank's part of the model, and on rank 0 the engine. Collective."""
     served = _load(args, adapters, ranks.context.device, ranks)
     parameter = next(served.model.parameters())
-    own = num_blocks_of(served.model.config, options.block_size, options.cache_tokens, options.max_running,
-                        parameter.dtype, parameter.device)  # fmt: skip
+    own = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
     # As many as the rank with the least memory can hold.
     count = min(ranks.context.gather(own))
-    runner = Runner(served, count, options.block_size, parameter.dtype, parameter.device)
+    kind = InvariantRunner if options.batch_invariant else Runner
+    runner = kind(served, count, options.block_size, parameter.dtype, parameter.device)
     lockstep = Lockstep(runner, ranks.of_first)
     if not ranks.context.is_main:
         lockstep.follow()

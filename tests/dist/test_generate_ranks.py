@@ -3,9 +3,13 @@
 import contextlib
 import io
 import json
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -25,6 +29,7 @@ from utils.files import atomic_write_json
 peer("peft")
 pytest.importorskip("transformers")
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 GREEDY = ["--temperature=0", "--max_new_tokens=8"]
 MESHES = {"tensor": ["--tensor_model_parallel_size=2"], "pipe": ["--pipeline_model_parallel_size=2"]}
 TALK = "hello\nand you?\n/reset\nhello\n"
@@ -138,3 +143,42 @@ def test_a_step_that_failed_is_the_last_one():
         ours.run(StepPlan([], []))
     ours.end()
     assert len(passed) == 2
+
+
+def kill_the_other(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    """It is killed between two questions: the first rank finds out when it asks for the next pass."""
+    ranks[1].kill()
+    talk.stdin.write(b"and you?\n")
+
+
+def leave_the_pipe(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    talk.stdout.close()
+    talk.stdin.write(b"hello\n" * 9)
+
+
+def interrupt_the_first(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    """As at a prompt, where it ends the talk."""
+    ranks[0].send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "fault", [kill_the_other, pytest.param(leave_the_pipe, marks=pytest.mark.soak),
+              pytest.param(interrupt_the_first, marks=pytest.mark.soak)],
+)  # fmt: skip
+def test_all_ranks_end_when_one_does(folder: Path, fault: Callable):
+    command = [sys.executable, "-m", "parallel.launch", "--nproc_per_node=2", "generate.py", f"--model={folder}",
+               "--device=cpu", "--dtype=float32", "--chat", *GREEDY, *MESHES["tensor"]]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as talk:
+        try:
+            talk.stdin.write(b"hello\n")
+            assert talk.stdout.read(1)
+            ranks = [one for one in psutil.Process(talk.pid).children(recursive=True) if "generate.py" in one.cmdline()]
+            ranks.sort(key=lambda one: int(one.environ()["RANK"]))
+            assert len(ranks) == 2
+            with contextlib.suppress(BrokenPipeError):
+                fault(talk, ranks)
+            code = talk.wait(60)
+            assert (code == 0) == (fault is interrupt_the_first)
+            assert not psutil.wait_procs(ranks, 10)[1]
+        finally:
+            talk.kill()

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
 pytest.importorskip("prometheus_client", reason="needs requirements-serve.txt")
 
-from serving import openai_api, tgi_api
+from serving import openai_fields as fields
+from serving import tgi_api
 from serving.answers import Choice
 from serving.api import new_app
 from serving.catalog import Catalog, Offer
@@ -153,16 +154,16 @@ def test_fields_reach_the_engine(place: Place, path: str, more: dict, check: Cal
 def test_every_field_of_the_tables_is_tried():
     """A field that somebody adds to a table needs a case above."""
     alone = {"messages", "prompt", "stream", "stream_options", "show_prompt"}
-    for path, fields in ((CHAT, openai_api.CHAT_FIELDS), (COMPLETIONS, openai_api.COMPLETION_FIELDS)):
+    for path, table in ((CHAT, fields.CHAT_FIELDS), (COMPLETIONS, fields.COMPLETION_FIELDS)):
         tried = {name for each, more, _ in FIELDS if each == path for name in more}
-        assert not fields.keys() - tried - alone
+        assert not table.keys() - tried - alone
     documented = {
         "audio", "function_call", "functions", "metadata", "modalities", "moderation", "parallel_tool_calls",
         "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort",
         "response_format", "safety_identifier", "service_tier", "store", "tool_choice", "tools", "verbosity",
         "web_search_options",
     }  # fmt: skip
-    assert documented <= openai_api.CHAT_OFF.keys() and "suffix" in openai_api.COMPLETION_OFF
+    assert documented <= fields.CHAT_OFF.keys() and "suffix" in fields.COMPLETION_OFF
 
 
 def test_openai_documents_no_field_that_is_unknown_here():
@@ -170,14 +171,14 @@ def test_openai_documents_no_field_that_is_unknown_here():
     types = pytest.importorskip("openai.types.chat.completion_create_params")
     from openai.types import completion_create_params
 
-    for params, fields, off in (
-        (types.CompletionCreateParamsBase, openai_api.CHAT_FIELDS, openai_api.CHAT_OFF),
-        (completion_create_params.CompletionCreateParamsBase, openai_api.COMPLETION_FIELDS, openai_api.COMPLETION_OFF),
+    for params, table, off in (
+        (types.CompletionCreateParamsBase, fields.CHAT_FIELDS, fields.CHAT_OFF),
+        (completion_create_params.CompletionCreateParamsBase, fields.COMPLETION_FIELDS, fields.COMPLETION_OFF),
     ):
-        assert not set(params.__annotations__) - fields.keys() - off.keys()
+        assert not set(params.__annotations__) - table.keys() - off.keys()
 
 
-OFF = [(path, name, values) for path, off in ((CHAT, openai_api.CHAT_OFF), (COMPLETIONS, openai_api.COMPLETION_OFF))
+OFF = [(path, name, values) for path, off in ((CHAT, fields.CHAT_OFF), (COMPLETIONS, fields.COMPLETION_OFF))
        for name, values in off.items()]  # fmt: skip
 
 
@@ -702,6 +703,7 @@ def test_a_fault_of_the_engine(new_place: Callable[..., Place]):
     for _ in range(2):
         refused(place.post(COMPLETIONS, CONTINUED), 500)
     refused(place.post(COMPLETIONS, CONTINUED), 503, "must be started again")
+    assert b'zero2all_choices_total{finish="error"} 4.0' in place.get("/metrics").body
     assert place.get("/health").status == 503
 
 
