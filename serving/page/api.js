@@ -45,7 +45,8 @@ function keepKey(key) {
 async function call(path, body, signal) {
   for (;;) {
     const key = keptKey();
-    const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+    const headers = { ...(body && { "Content-Type": "application/json" }) };
+    if (key) headers.Authorization = `Bearer ${key}`;
     const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
     let response;
     try {

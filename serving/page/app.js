@@ -32,7 +32,8 @@ const thread = new Thread(byId("thread"), {
   },
   prompt: async (index) => {
     const message = current.messages[index];
-    return message.promptTokens ?? (await tokenize(promptOf(current, index, message.model ?? modelOf(current)?.id))).prompt;
+    const model = message.model ?? modelOf(current)?.id;
+    return message.promptTokens ?? (await tokenize(promptOf(current, index, model))).prompt;
   },
 });
 
@@ -47,12 +48,11 @@ function promptOf({ kind, messages, system }, index, model) {
   return { ...named, messages: system.trim() ? [{ role: "system", content: system }, ...said] : said };
 }
 
-// ---- Answers
-
 async function answer(conversation) {
   const { messages } = conversation;
   const model = modelOf(conversation);
-  const request = { ...promptOf(conversation, messages.length, model?.id), ...requested(conversation.sampling, model?.recommended) };
+  const drawn = requested(conversation.sampling, model?.recommended);
+  const request = { ...promptOf(conversation, messages.length, model?.id), ...drawn };
   const message = { role: "assistant", content: "", tokens: [], model: model?.id };
   const controller = new AbortController();
   messages.push(message);
@@ -125,8 +125,6 @@ function send() {
   answer(current);
 }
 
-// ---- Conversations
-
 function keep(conversation) {
   if (!conversations.includes(conversation)) conversations.push(conversation);
   conversations.sort((one, other) => other.changed - one.changed);
@@ -194,8 +192,6 @@ function showComposer() {
   byId("used").textContent = last && all ? t("used", { count: number(last), all: number(all) }) : "";
 }
 
-// ---- Models and settings
-
 async function refreshModels() {
   try {
     models = await fetchModels();
@@ -213,7 +209,8 @@ async function refreshModels() {
 function showModel() {
   const select = byId("model");
   const model = modelOf(current);
-  const label = (one) => (one.parent ? "↳ " : "") + (one.step === null ? one.id : t("modelStep", { name: one.id, step: number(one.step) }));
+  const stepped = (one) => (one.step === null ? one.id : t("modelStep", { name: one.id, step: number(one.step) }));
+  const label = (one) => (one.parent ? `↳ ${stepped(one)}` : stepped(one));
   const options = models.map((one) => `${one.id}\n${label(one)}`).join("\n");
   if (select.dataset.options !== options) {
     select.replaceChildren(...models.map((one) => el("option", { value: one.id }, label(one))));
@@ -223,11 +220,14 @@ function showModel() {
   if (model) select.value = model.id;
   const isText = current.kind === "text";
   byId("start").querySelector("h1").textContent = t(isText ? "greetingText" : "greeting");
-  byId("about").textContent = model ? t("context", { model: model.id, count: number(model.max_model_len) }) : modelProblem;
+  byId("about").textContent =
+    model ? t("context", { model: model.id, count: number(model.max_model_len) }) : modelProblem;
   const notes = [...(model && !model.chat ? [t("textOnly")] : []), ...(model?.notes ?? []).map(sentence)];
   byId("notes").replaceChildren(...notes.map((note) => el("li", {}, note)));
   byId("mode").hidden = !model?.chat;
-  for (const button of byId("mode").children) button.setAttribute("aria-pressed", String(button.value === current.kind));
+  for (const button of byId("mode").children) {
+    button.setAttribute("aria-pressed", String(button.value === current.kind));
+  }
 }
 
 let shownFields = "";
@@ -262,8 +262,6 @@ function drawTexts() {
   setLanguage(choices.language ?? null);
   byId("language").value = choices.language ?? "";
 }
-
-// ---- Start
 
 function listen() {
   const on = (id, event, work) => byId(id).addEventListener(event, work);
@@ -356,7 +354,9 @@ function start() {
   drawTexts();
   setTheme();
   setKeyQuestion((isRefused) =>
-    ask({ title: t("keyTitle"), text: t(isRefused ? "keyWrong" : "keyText"), confirm: t("ok"), value: "", type: "password" }));
+    ask({
+      title: t("keyTitle"), text: t(isRefused ? "keyWrong" : "keyText"), confirm: t("ok"), value: "", type: "password",
+    }));
   byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
   listen();
   listenToPanels();

@@ -54,8 +54,8 @@ export function icon(name) {
 
 /** Button that shows an icon and is called `label`. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  return el("button.icon-button", { type: "button", "aria-label": label, title: label, "data-icon": name, onclick, ...attributes },
-    icon(name));
+  const all = { type: "button", "aria-label": label, title: label, "data-icon": name, onclick, ...attributes };
+  return el("button.icon-button", all, icon(name));
 }
 
 /** Text on the clipboard. Browsers give pages that did not come over https or from this machine no clipboard. */

@@ -142,7 +142,8 @@ function checked(value) {
       const tokens = Array.isArray(one.tokens) ? one.tokens.filter(isToken) : [];
       return { ...message, tokens };
     });
-  const sampling = Object.entries(Object(value.sampling)).filter(([, one]) => ["number", "string"].includes(typeof one));
+  const isPlain = ([, one]) => ["number", "string"].includes(typeof one);
+  const sampling = Object.entries(Object(value.sampling)).filter(isPlain);
   return newConversation({
     title: take(value, "title", "string", ""), isNamed: value.isNamed === true,
     created: finite(value, "created") ?? Date.now(), changed: finite(value, "changed") ?? Date.now(),
@@ -153,4 +154,5 @@ function checked(value) {
 
 const isToken = (token) => isScore(token) && Array.isArray(token[3]) && token[3].every(isScore);
 const isScore = (one) =>
-  Array.isArray(one) && typeof one[0] === "string" && [one[1], one[2]].every((value) => value === null || Number.isFinite(value));
+  Array.isArray(one) && typeof one[0] === "string" &&
+  [one[1], one[2]].every((value) => value === null || Number.isFinite(value));

@@ -31,7 +31,8 @@ export class Thread {
     const isUser = message.role === "user";
     const body = el("div.body", isUser ? {} : { "aria-busy": "false" });
     const foot = el("div.foot");
-    const element = el(`article.message.is-${message.role}`, { "aria-label": isUser ? t("you") : message.model ?? t("assistant") }, body, foot);
+    const label = isUser ? t("you") : message.model ?? t("assistant");
+    const element = el(`article.message.is-${message.role}`, { "aria-label": label }, body, foot);
     if (isUser) body.textContent = message.content;
     return { element, body, foot, index, isShowingTokens: null };
   }
@@ -60,7 +61,9 @@ export class Thread {
         this.update(index, false);
       }, { "aria-pressed": String(this.showsTokens(view)) }),
       this.promptButton(view));
-    view.foot.replaceChildren(...[problemOf(message, isLast && (() => this.actions.regenerate())), el("div.line", {}, buttons, facts), view.prompt].filter(Boolean));
+    const problem = problemOf(message, isLast && (() => this.actions.regenerate()));
+    const parts = [problem, el("div.line", {}, buttons, facts), view.prompt];
+    view.foot.replaceChildren(...parts.filter(Boolean));
   }
 
   showsTokens(view) {

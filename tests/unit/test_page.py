@@ -16,6 +16,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 Page = sync_api.Page
 expect = sync_api.expect
+PATIENCE_MS = 30_000
+"""Long, as machines that run tests may be busy; it is spent only on failures."""
 HOSTILE = (
     '<img src=x onerror="window.__xss=1"> <script>window.__xss=2</script> <svg onload=window.__xss=3>\n\n'
     "[click](javascript:window.__xss=4) [data](data:text/html,<script>window.__xss=5</script>) "
@@ -36,6 +38,7 @@ def server() -> Iterator[PageServer]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator["sync_api.Browser"]:
     with a_browser() as browser:
+        expect.set_options(timeout=PATIENCE_MS)
         yield browser
 
 
@@ -96,7 +99,7 @@ def open_page(browser: "sync_api.Browser", server: PageServer) -> Iterator[OpenP
         size = {"width": width, "height": height}
         context = browser.new_context(**{"viewport": size, "locale": "en-GB", "reduced_motion": "reduce", **options})
         contexts.append(context)
-        context.set_default_timeout(8000)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
@@ -156,10 +159,10 @@ def test_stop_keeps_what_came_and_frees_the_server(open_page: OpenPage, server: 
     until_done(page)
     expect(page.locator(".finish")).to_have_text("Stopped.")
     expect(answers(page)).to_have_text("One two")
-    deadline = 100
-    while not server.gone and deadline:
+    for _ in range(PATIENCE_MS // 20):
+        if server.gone:
+            break
         page.wait_for_timeout(20)
-        deadline -= 1
     assert server.gone == 1
 
 
@@ -491,4 +494,5 @@ def test_the_page_obeys_its_policy():
         source = path.read_text()
         parses = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextual|\beval\b|Function\("
         assert not re.search(parses, source), path
-        assert path.suffix in {".html", ".js", ".css", ".svg"} and len(source.splitlines()) < 420
+        assert path.suffix in {".html", ".js", ".css", ".svg"} and len(source.splitlines()) < 400
+        assert max(map(len, source.splitlines())) <= 120, path
