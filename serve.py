@@ -3,6 +3,7 @@
 python serve.py --model RUN
 python serve.py --model RUN --adapter NAME=DIR --port 8080 --api_keys keys.txt
 python serve.py --model RUN --follow
+torchrun --nproc_per_node=2 serve.py --model RUN --tensor_model_parallel_size=2
 """
 
 from utils import environment
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.choosing import resolve_checkpoint_dir
-from parallel.launched import launched_world_size
+from parallel.launched import launched_rank, launched_world_size
 from runs.layout import RunPaths
-from serving.arguments import name_of, parse_adapters, require_utf8
+from serving.arguments import add_model_flags, name_of, parse_adapters, require_utf8
 from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -28,8 +29,10 @@ from utils.terminal import run_main
 if TYPE_CHECKING:
     from socket import socket
 
+    from serving.engine import EngineOptions
     from serving.limits import Hosts, Keys
 
+_CRASH = 1
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -40,23 +43,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         SystemExit: an unknown argument, or --help.
     """
     parser = Parser(prog="serve.py", description="Offer a trained model over HTTP: OpenAI's API, TGI's, a chat page.")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", "--ckpt", type=a_path, required=True, metavar="RUN",
-        help="run directory, checkpoint or Hugging Face folder, of a model or an adapter",
-    )  # fmt: skip
-    model.add_argument(
-        "--adapter", action="append", default=[], metavar="[NAME=]DIR",
-        help="adapter for it: run, checkpoint or folder; requests choose one by its name",
-    )  # fmt: skip
+    add_model_flags(parser)
+    model = parser.add_argument_group("offer")
     model.add_argument("--served_model_name", metavar="NAME", help="the model's name for clients (default: its folder)")
     model.add_argument(
         "--follow", action="store_true",
         help="load each new checkpoint of the run; until the old model's requests have ended, both are in memory",
     )  # fmt: skip
-    model.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    model.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    model.add_argument("--load_in_4bit", action="store_true", help="keep the blocks' matrices in 4 bits, as for QLoRA")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     network.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")
@@ -96,8 +89,8 @@ def check(args: argparse.Namespace) -> None:
         require_utf8("--served_model_name", args.served_model_name)
         if args.served_model_name.split() != [args.served_model_name]:
             raise ValueError("--served_model_name has no blanks, and is not empty")
-    if launched_world_size() > 1:
-        raise ValueError("the server is one process: start it without torchrun")
+    if args.follow and launched_world_size() > 1:
+        raise ValueError("--follow is for one process: leave it out, or start the server without torchrun")
     if args.follow and not RunPaths(Path(args.model)).ckpt_dir.is_dir():
         raise ValueError(f"--follow needs a run directory, and {args.model} is none")
     if args.follow and args.adapter:
@@ -105,7 +98,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def tell(text: str) -> None:
-    print(f"serve: {text}", file=sys.stderr, flush=True)
+    if launched_rank() == 0:
+        print(f"serve: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         from serving.limits import read_keys
         from serving.running import listening_socket
 
+        if launched_rank() > 0:
+            return follow(args, found, adapters)
         keys = Keys([]) if args.api_keys is None else read_keys(Path(args.api_keys))
         hosts = Hosts(args.host, args.allowed_host)
         bound = listening_socket(args.host, args.port)
@@ -131,6 +127,32 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         tell(str(error))
         return 2
+
+
+def options_of(args: argparse.Namespace) -> "EngineOptions":
+    from serving.engine import EngineOptions
+
+    return EngineOptions(
+        max_running=args.max_running, cache_gb=args.cache_gb or 0.0, leaves_room=args.follow,
+        batch_invariant=args.batch_invariant,
+    )  # fmt: skip
+
+
+def model_flags(args: argparse.Namespace, path: Path) -> argparse.Namespace:
+    """The flags, with a checkpoint instead of its run."""
+    return argparse.Namespace(**vars(args) | {"model": str(path)})
+
+
+def follow(args: argparse.Namespace, found: Path, adapters: dict[str, Path]) -> int:
+    """Do this rank's part of the first one's work, which alone knows clients.
+
+    Raises:
+        ValueError: the model cannot be used.
+    """
+    from serving.opening import opened
+
+    with opened(model_flags(args, found), adapters, options_of(args), first_ends=True):
+        return 0
 
 
 def serve(
@@ -143,60 +165,60 @@ def serve(
         found: folder of the model.
         name: of the model, for clients.
         bound: where to listen.
+    Returns:
+        exit code.
     Raises:
         ValueError: the model cannot be used.
     """
-    import torch
-
-    from optimizer.mixed_precision import resolve_dtype
     from serving import running
     from serving.api import new_app
     from serving.catalog import Catalog
-    from serving.engine import Engine, EngineOptions
     from serving.follow import Follower
     from serving.limits import Limits
-    from serving.loading import load
     from serving.offers import offers_of
+    from serving.opening import Opened, open_alone, opened
     from serving.service import Generation, Service
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="serve: %(message)s")
     for room in ("serving", "serve"):
         logging.getLogger(room).setLevel(logging.INFO)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(args.dtype, device)
+    options = options_of(args)
 
-    options = EngineOptions(
-        max_running=args.max_running, cache_gb=args.cache_gb or 0.0, leaves_room=args.follow,
-        batch_invariant=args.batch_invariant,
-    )  # fmt: skip
-
-    def generation_of(path: Path) -> Generation:
-        served = load(path, adapters, device, dtype, args.load_in_4bit)
-        offers = offers_of(served, path, name)
+    def generation_of(own: Opened, path: Path) -> Generation:
+        offers = offers_of(own.served, path, name)
         step = offers[0].step
-        return Generation(Engine(served, options), Catalog(offers), None if step is None else f"step-{step}")
+        generation = Generation(own.engine, Catalog(offers), None if step is None else f"step-{step}")
+        if (lockstep := own.lockstep) is not None:
+            generation.is_lost = lambda: lockstep.has_failed
+        return generation
 
-    first = generation_of(found)
-    service = Service(first, args.max_running + args.max_queue)
-    limits = Limits(request_timeout_s=args.request_timeout)
-    follower = None
+    def load_next(path: Path) -> Generation:
+        return generation_of(open_alone(model_flags(args, path), adapters, options), path)
 
-    def ready() -> None:
-        host, port = bound.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        tell(f"ready: http://{shown}:{port}/ is the chat page, http://{shown}:{port}/v1 the API")
-        if host not in _LOCAL and not keys:
-            tell("anybody who reaches this address can use the model: --api_keys FILE asks for a key")
-        if follower is not None:
-            follower.start()
+    with opened(model_flags(args, found), adapters, options, first_ends=True) as own:
+        assert own is not None, "the first rank gets the model"
+        first = generation_of(own, found)
+        service = Service(first, args.max_running + args.max_queue)
+        limits = Limits(request_timeout_s=args.request_timeout)
+        follower = None
 
-    if args.follow:
-        directory, step = RunPaths(Path(args.model)).ckpt_dir, first.catalog.offers[0].step or 0
-        follower = Follower(directory, step, service, generation_of)
-    running.run(new_app(service, hosts, keys, limits, log=logging.getLogger("serve").info), service, bound, ready)
-    return 0
+        def ready() -> None:
+            host, port = bound.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            tell(f"ready: http://{shown}:{port}/ is the chat page, http://{shown}:{port}/v1 the API")
+            if host not in _LOCAL and not keys:
+                tell("anybody who reaches this address can use the model: --api_keys FILE asks for a key")
+            if follower is not None:
+                follower.start()
+
+        if args.follow:
+            directory, step = RunPaths(Path(args.model)).ckpt_dir, first.catalog.offers[0].step or 0
+            follower = Follower(directory, step, service, load_next)
+        app = new_app(service, hosts, keys, limits, log=logging.getLogger("serve").info)
+        # The first model goes when a later one has replaced it.
+        del own, first
+        running.run(app, service, bound, ready)
+        return _CRASH if service.lost.is_set() else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Served:
         self.model = model.eval()
         self._adapters = Adapters(model)
         self._speeches: dict[str | None, Speech] = {None: speech}
+        self._packing = threading.Lock()
 
     @property
     def active(self) -> str | None:
@@ -100,14 +102,16 @@ class Served:
     def pack(self) -> None:
         """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py.
 
-        The model cannot be saved or given other weights after it.
+        The model cannot be saved or given other weights after it. Several threads may call this.
         """
-        pack(self.model, self._adapters.modules())
+        with self._packing:
+            pack(self.model, self._adapters.modules())
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules of the model and of its adapters, in use or not."""
         for root in (self.model, *self._adapters.modules()):
             yield from root.modules()
+
 
 def load(
     ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,

@@ -37,6 +37,11 @@ class Lockstep:
         self._runner, self._of_first = runner, of_first
         self._is_running = False
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a step has failed, between two calls: then the ranks cannot go on."""
+        return self._is_running
+
     def run(self, plan: StepPlan) -> Tensor:
         """Scores of a plan, on rank 0.
 

@@ -1,6 +1,7 @@
 """A model and its engine, opened by the flags of a command: in one process, or on ranks that share the model."""
 
 import argparse
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,13 +28,20 @@ class Opened(NamedTuple):
 
     served: Served
     engine: Engine
+    lockstep: Lockstep | None = None
+    """The other ranks' way of following, if there are others."""
 
 
 @contextmanager
-def opened(args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions) -> Iterator[Opened | None]:
+def opened(
+    args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions, first_ends: bool = False
+) -> Iterator[Opened | None]:
     """Load the model of the flags (`add_model_flags`), ready to answer. Of several ranks, the first one gets it; the
     others do their part until it has ended, and get None.
 
+    Args:
+        first_ends: SIGTERM and SIGINT, which launchers send to all ranks, mean the first one. The others ignore them,
+            as it may have answers to finish.
     Raises:
         ValueError: flags or files are wrong.
         OSError: a disk or a network fails, and may be back later.
@@ -45,24 +53,36 @@ def opened(args: argparse.Namespace, adapters: Mapping[str, Path], options: Engi
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
     if not shares_model:
-        name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        served = _load(args, adapters, torch.device(name), None)
-        yield Opened(served, Engine(served, options))
+        yield open_alone(args, adapters, options)
         return
     ranks = open_ranks(*sizes, args.device)
     try:
-        with _with_others(args, adapters, ranks, options) as own:
+        with _with_others(args, adapters, ranks, options, first_ends) as own:
             yield own
     finally:
         destroy_context(ranks.context)
 
 
+def open_alone(args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions) -> Opened:
+    """The model of the flags, in this process alone.
+
+    Raises:
+        ValueError: files are wrong.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    served = _load(args, Path(args.model), adapters, torch.device(name), None)
+    return Opened(served, Engine(served, options))
+
+
 @contextmanager
 def _with_others(
-    args: argparse.Namespace, adapters: Mapping[str, Path], ranks: Ranks, options: EngineOptions
+    args: argparse.Namespace, adapters: Mapping[str, Path], ranks: Ranks, options: EngineOptions, first_ends: bool
 ) -> Iterator[Opened | None]:
     """This rank's part of the model, and on rank 0 the engine. Collective."""
-    served = _load(args, adapters, ranks.context.device, ranks)
+    # A run that goes on may have saved a checkpoint between the looks of two ranks.
+    path = Path(str(ranks.of_first(str(args.model))))
+    served = _load(args, path, adapters, ranks.context.device, ranks)
     parameter = next(served.model.parameters())
     own = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
     # As many as the rank with the least memory can hold.
@@ -71,20 +91,25 @@ def _with_others(
     runner = kind(served, count, options.block_size, parameter.dtype, parameter.device)
     lockstep = Lockstep(runner, ranks.of_first)
     if not ranks.context.is_main:
+        if first_ends:
+            # Not before: as long as the ranks meet and load, nobody has answers to finish.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         lockstep.follow()
         yield None
         return
     try:
-        yield Opened(served, Engine(served, replace(options, cache_tokens=count * options.block_size), lockstep))
+        engine = Engine(served, replace(options, cache_tokens=count * options.block_size), lockstep)
+        yield Opened(served, engine, lockstep)
     finally:
         lockstep.end()
 
 
 def _load(
-    args: argparse.Namespace, adapters: Mapping[str, Path], device: torch.device, ranks: Ranks | None
+    args: argparse.Namespace, path: Path, adapters: Mapping[str, Path], device: torch.device, ranks: Ranks | None
 ) -> Served:
     dtype = resolve_dtype(args.dtype, device)
     new_cutter: Callable[[ModelConfig], Cutter] | None = None
     if ranks is not None:
         new_cutter = lambda shape: ranks.cutter(shape, dtype)  # noqa: E731
-    return load(Path(args.model), adapters, device, dtype, args.load_in_4bit, new_cutter)
+    return load(path, adapters, device, dtype, args.load_in_4bit, new_cutter)

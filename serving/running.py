@@ -1,7 +1,8 @@
 """The server's life: listening, signals, the end.
 
 The first SIGTERM or SIGINT refuses what is new (503) and lets finish what runs; then the process ends with 0. A second
-one ends it at once.
+one ends it at once. If ranks share the model and a step fails, no rank can go on: those who wait get an error, and the
+process ends with another code, so that a supervisor starts it again.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -97,9 +99,18 @@ class _Server(uvicorn.Server):
         await self._service.ended()
         self.should_exit = True
 
+    async def end_when_lost(self) -> None:
+        """End soon after the ranks cannot go on."""
+        await self._service.lost.wait()
+        logger.error("ends, since the ranks cannot go on: start them again")
+        self._service.end()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._service.ended(), _LAST_BYTES_S)
+        self.should_exit = True
+
 
 def run(app: Any, service: Service, bound: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until a signal.
+    """Serve until a signal, or until `service.lost` is set.
 
     Args:
         ready: called as soon as clients can connect.
@@ -122,9 +133,11 @@ def run(app: Any, service: Service, bound: socket.socket, ready: Callable[[], No
                 loop.call_later(0.05, tell)
 
         tell()
+        watching = asyncio.ensure_future(server.end_when_lost())
         try:
             await server.serve(sockets=[bound])
         finally:
+            watching.cancel()
             service.close()
 
     asyncio.run(serve())

@@ -58,6 +58,8 @@ class Generation:
     is_retired: bool = False
     failures: int = 0
     """Steps that failed since the last one that did not."""
+    is_lost: Callable[[], bool] = lambda: False
+    """Whether the ranks that share the model cannot go on, after a step that failed."""
 
 
 @dataclass(eq=False)
@@ -108,6 +110,8 @@ class Service:
         self.is_ending = False
         self.broken = ""
         """A sentence if the engine cannot go on."""
+        self.lost = asyncio.Event()
+        """Set if the whole process must be started again, with the other ranks."""
         self._current = generation
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -266,6 +270,11 @@ class Service:
             logger.exception("a step of the engine failed")
             self._fail(generation, f"the engine failed ({type(error).__name__}): the server's log says more")
             generation.failures += 1
+            if generation.is_lost():
+                self._break("the ranks that share the model cannot go on; the server must be started again")
+                self._generations.remove(generation)
+                self._tell(self.lost.set)
+                return
             if generation.failures >= _MOST_FAILURES or generation.engine.has_work:
                 # It would fail again and again.
                 self._break(f"the engine failed ({type(error).__name__}); the server must be started again")
