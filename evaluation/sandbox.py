@@ -62,7 +62,8 @@ def run(source: str, limits: Limits = Limits()) -> Outcome:
         os.chmod(directory, 0o755)
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _START, _CHILD, directory],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env={"PATH": os.defpath},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, env={"PATH": os.defpath},
         )  # fmt: skip
         try:
             told, error = child.communicate(asked.encode("utf-8", "surrogatepass"), limits.seconds + _GRACE_S)
