@@ -270,18 +270,23 @@ class Service:
             logger.exception("a step of the engine failed")
             self._fail(generation, f"the engine failed ({type(error).__name__}): the server's log says more")
             generation.failures += 1
-            if generation.is_lost():
-                self._break("the ranks that share the model cannot go on; the server must be started again")
-                self._generations.remove(generation)
-                self._tell(self.lost.set)
-                return
             if generation.failures >= _MOST_FAILURES or generation.engine.has_work:
                 # It would fail again and again.
                 self._break(f"the engine failed ({type(error).__name__}); the server must be started again")
                 self._generations.remove(generation)
-            return
-        generation.failures = 0
-        self._post(pieces)
+        else:
+            generation.failures = 0
+            self._post(pieces)
+        if generation.is_lost():
+            self._lose(generation)
+
+    def _lose(self, generation: Generation) -> None:
+        """Give up an engine whose other ranks cannot go on."""
+        sentence = "the ranks that share the model cannot go on; the server must be started again"
+        self._break(sentence)
+        self._fail(generation, sentence)
+        self._generations = [one for one in self._generations if one is not generation]
+        self._tell(self.lost.set)
 
     def _fail(self, generation: Generation, sentence: str) -> None:
         """Give up all requests of an engine, and tell those who wait."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import select
 import signal
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def leave_the_pipe(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
 
 
 def interrupt_the_first(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
-    """As at a prompt, where it ends the talk."""
+    """As at a prompt, where it ends the talk; before, it would end the answer alone."""
+    while select.select([talk.stdout], [], [], 3.0)[0]:
+        assert talk.stdout.read(1000)
     ranks[0].send_signal(signal.SIGINT)
 
 
