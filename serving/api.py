@@ -120,7 +120,8 @@ class Generating(Response):
             for piece in pieces:
                 job.add(piece)
                 _require_sound(piece)
-        content = _line(job.whole())
+        # With many log-probabilities, this takes long.
+        content = await asyncio.get_running_loop().run_in_executor(self._parse, lambda: _line(job.whole()))
         headers = {"Content-Type": "application/json", "Content-Length": str(len(content))} | _JSON_HEADERS
         await self._send(send, _start(200, headers))
         await self._send(send, {"type": "http.response.body", "body": content})

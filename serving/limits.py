@@ -174,7 +174,11 @@ class Gate:
             except Mistake as mistake:
                 await self._refuse(mistake)(scope, receive, watched)
                 return
-            await self._app(scope, receive, watched)
+            try:
+                await self._app(scope, receive, watched)
+            except Exception:
+                # It has been answered as a fault of ours, or its answer breaks off.
+                logger.exception("%s %s failed", scope["method"], scope["path"])
         finally:
             self._observe(scope["method"], scope["path"], status, time.monotonic() - began)
 

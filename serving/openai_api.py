@@ -6,6 +6,7 @@ table, with the values at which they mean nothing. All others are unknown. Both 
 
 import uuid
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from serving.answers import DRAWING_FIELDS, LOCAL_FIELDS, MOST_ALTERNATIVES, Choice, Job, finite, fit, sampling_of
@@ -236,14 +237,15 @@ class Chat(_OpenAIJob):
         request = Request(f"chatcmpl-{uuid.uuid4().hex}-0", prompt, sampling, values["n"], offer.adapter)
         return cls(values, offer, fingerprint, [request], offer.template.lead)
 
-    def _of_prompt(self) -> dict:
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        prompt = self.requests[0].prompt_ids
+        self._of_prompt: dict[str, Any] = {}
         """What a learner wants to know of the prompt."""
-        prompt, found = self.requests[0].prompt_ids, {}
         if self._values["return_token_ids"]:
-            found["prompt_token_ids"] = list(prompt)
+            self._of_prompt["prompt_token_ids"] = list(prompt)
         if self._values["show_prompt"]:
-            found["prompt"] = [token._asdict() for token in self.offer.texts.shown(prompt)]
-        return found
+            self._of_prompt["prompt"] = [token._asdict() for token in self.offer.texts.shown(prompt)]
 
     def _logprobs(self, tokens: Sequence[TokenScore]) -> dict | None:
         if not self._values["logprobs"]:
@@ -258,7 +260,7 @@ class Chat(_OpenAIJob):
             self._chunk({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
             for choice in self.choices.values()
         ]
-        return [chunks[0] | self._of_prompt(), *chunks[1:]]
+        return [chunks[0] | self._of_prompt, *chunks[1:]]
 
     def events(self, choice: Choice, piece: Piece, text: str, before: int) -> list[dict]:
         if not text and not piece.tokens and piece.finish is None:
@@ -277,7 +279,7 @@ class Chat(_OpenAIJob):
         } | self._ids(choice.tokens)  # fmt: skip
 
     def whole(self) -> dict:
-        answer = super().whole() | self._of_prompt()
+        answer = super().whole() | self._of_prompt
         if self._values["prompt_logprobs"] is not None:
             answer["prompt_logprobs"] = prompt_entries(self.prompt_scores[0], self.offer.texts)
         return answer
@@ -292,6 +294,12 @@ class Completion(_OpenAIJob):
         super().__init__(*arguments)
         self._prompts = prompts
         """Texts of the prompts, for `echo`."""
+        self._offsets: list[list[int]] = []
+        """Where the text of each of their tokens begins."""
+        if self._values["echo"] and self._values["logprobs"] is not None:
+            for request in self.requests:
+                lengths = [len(token.text) for token in self.offer.texts.shown(request.prompt_ids)]
+                self._offsets.append([0, *accumulate(lengths)][: len(lengths)])
 
     @classmethod
     def read(cls, body: Mapping[str, Any], catalog: Catalog, fingerprint: str | None, limits: Limits) -> "Completion":
@@ -348,33 +356,30 @@ class Completion(_OpenAIJob):
             before: characters of the text before it.
             echo: the prompt comes first.
         """
-        prompt = self._prompts[choice.request]
+        prompt = self._prompts[choice.request] if self._values["echo"] else ""
         told: dict[str, Any] = {"index": choice.index, "text": prompt + text if echo else text, "logprobs": None}
         if self._values["logprobs"] is not None:
-            scores = self.prompt_scores[choice.request] if echo else ()
-            told["logprobs"] = self._logprobs(scores, tokens, len(prompt) + before)
+            told["logprobs"] = self._logprobs(choice, tokens, len(prompt) + before, echo)
         if self._values["return_token_ids"]:
             told["token_ids"] = [token.id for token in tokens]
             told["prompt_token_ids"] = list(self.requests[choice.request].prompt_ids) if echo or not before else None
         return told
 
-    def _logprobs(self, prompt: Sequence[TokenScore], tokens: Sequence[TokenScore], begin: int) -> dict:
+    def _logprobs(self, choice: Choice, tokens: Sequence[TokenScore], begin: int, echo: bool) -> dict:
         """Tokens in four lists.
 
         Args:
             begin: characters before `tokens`.
         """
         texts, top = self.offer.texts, self._values["logprobs"]
+        prompt = self.prompt_scores[choice.request] if echo else ()
+        offsets = list(self._offsets[choice.request]) if echo else []
 
         def name(token_id: int) -> str:
             # Two tokens that are parts of characters would have the same name.
             shown = texts.alone(token_id)
             return f"token_id:{token_id}" if "\ufffd" in shown else shown
 
-        offsets, position = [], 0
-        for token in texts.shown([token.id for token in prompt]):
-            offsets.append(position)
-            position += len(token.text)
         position = begin
         for token in tokens:
             offsets.append(position)

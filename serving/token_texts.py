@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from serving.requests import TokenScore
+from serving.text import TextStream
 from tokenizer import Tokenizer
-
-_BROKEN = "\ufffd"
-_LONGEST_CHARACTER = 8
-"""Most tokens in which the bytes of one character are looked for. There are at most 4, besides bytes that belong to
-none."""
 
 
 class ShownToken(NamedTuple):
@@ -45,17 +42,14 @@ class TokenTexts:
 
     def shown(self, ids: Sequence[int]) -> list[ShownToken]:
         """Tokens whose texts, joined, are the text of all. A character of several tokens stands with the last one."""
-        found: list[ShownToken] = []
-        begin, end = 0, 0
-        before = ""
-        for number, token_id in enumerate(ids):
-            whole = self._tokenizer.decode(ids[begin : number + 1])
-            if whole.endswith(_BROKEN) and number - end < _LONGEST_CHARACTER and number + 1 < len(ids):
-                text = ""
-            else:
-                text = whole[len(before) :]
-                # The tokens since the last whole character stay in front of the next one, for the sake of blanks.
-                begin, end = end, number + 1
-                before = self._tokenizer.decode(ids[begin:end])
-            found.append(ShownToken(token_id, text, token_id in self._control))
-        return found
+        stream = TextStream(self._tokenizer)
+        texts: list[str] = []
+        waiting = ""
+        for piece in [*(stream.push(TokenScore(one)) for one in ids), stream.flush()]:
+            waiting += piece.text
+            if piece.tokens:
+                texts += [""] * (len(piece.tokens) - 1) + [waiting]
+                waiting = ""
+        if waiting and texts:
+            texts[-1] += waiting
+        return [ShownToken(one, text, one in self._control) for one, text in zip(ids, texts)]
