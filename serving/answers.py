@@ -24,7 +24,7 @@ _LOWEST = -9999.0
 LOCAL_FIELDS: dict[str, Field] = {
     "top_k": Field(whole(-1, _LARGEST), 0),
     "min_p": Field(number(0, 1), 0.0),
-    "repetition_penalty": Field(number(0, 100, above=True), 1.0),
+    "repetition_penalty": Field(number(0.01, 100), 1.0),
     "ignore_eos": Field(boolean, False),
     "min_tokens": Field(whole(0, _LARGEST), 0),
     "stop_token_ids": Field(ids(1024), ()),

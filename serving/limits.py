@@ -217,7 +217,7 @@ class Gate:
             if (one(b"content-encoding") or "identity").lower() != "identity":
                 raise Mistake("send the body uncompressed", code="unsupported_content_type", status=415)
             length = one(b"content-length") or "0"
-            if length.isdigit() and int(length[:20]) > self._limits.max_body:
+            if length.isascii() and length.isdigit() and int(length[:20]) > self._limits.max_body:
                 raise self._too_large()
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

@@ -28,7 +28,7 @@ PARAMETERS: dict[str, Field] = {
     "temperature": Field(number(0, 100, above=True)),
     "top_k": Field(whole(1, _LARGEST)),
     "top_p": Field(number(0, 1, above=True)),
-    "repetition_penalty": Field(number(0, 100, above=True), 1.0),
+    "repetition_penalty": Field(number(0.01, 100), 1.0),
     "frequency_penalty": DRAWING_FIELDS["frequency_penalty"],
     "stop": Field(stops(MOST_STOPS, 1000), ()),
     "seed": Field(whole(0, (1 << 63) - 1)),

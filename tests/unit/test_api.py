@@ -199,7 +199,7 @@ WRONG_VALUES = [
     ({"n": 129}, "a request may ask for 128 texts at most, got 129"), ({"seed": 1 << 63}, "seed must be"),
     ({"seed": 0.5}, "seed must be"), ({"presence_penalty": 2.1}, "presence_penalty must be"),
     ({"frequency_penalty": [1]}, "frequency_penalty must be a number from -2 to 2, got a list"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be a number from 0.01 to 100"),
     ({"logit_bias": {"x": 1}}, "logit_bias must be an object whose keys are token ids"),
     ({"logit_bias": {"1": 101}}, "logit_bias must be an object whose values are numbers from -100 to 100"),
     ({"logit_bias": [1]}, "logit_bias must be an object"),
