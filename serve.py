@@ -140,12 +140,12 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
         ValueError: the model cannot be used.
     """
     import torch
-    from serving.engine import Engine, EngineOptions
 
     from optimizer.mixed_precision import resolve_dtype
     from serving import running
     from serving.api import new_app
     from serving.catalog import Catalog
+    from serving.engine import Engine, EngineOptions
     from serving.follow import Follower
     from serving.limits import Limits
     from serving.loading import load
@@ -159,10 +159,13 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
         raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype, device)
-    options = EngineOptions(max_running=args.max_running, batch_invariant=args.batch_invariant)
 
     def generation_of(path: Path) -> Generation:
         served = load(path, adapters, device, dtype, args.load_in_4bit)
+        options = EngineOptions(
+            max_running=args.max_running, tokens_a_step=max(args.max_running, EngineOptions.tokens_a_step),
+            cache_gb=args.cache_gb or 0.0, batch_invariant=args.batch_invariant,
+        )  # fmt: skip
         offers = offers_of(served, path, name)
         step = offers[0].step
         return Generation(Engine(served, options), Catalog(offers), None if step is None else f"step-{step}")

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels.paged_attention import Group
 from model.rope import rotary_tables
 
 if TYPE_CHECKING:
@@ -136,14 +137,12 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        layers = config.num_hidden_layers
         self.max_length, self.lengths = max_length, [0] * batch
-        # The first keys tell the number of heads: a rank of tensor parallelism has some of the model's.
-        self._keys_LBKSD = torch.zeros((layers, batch, 0, max_length, config.head_dim), dtype=dtype, device=device)
-        self._values_LBKSD = self._keys_LBKSD
-        # Rows may be cut back to any length, so the last two tokens' states would not be enough.
-        num_states = max_length if config.local_filter else 0
-        self._states_LBSC = torch.zeros((layers, batch, num_states, config.hidden_size), dtype=dtype, device=device)
+        self._config, self._dtype, self._device = config, dtype, device
+        # By layer: memory is taken when its first keys come. A rank of a pipeline has some of the layers, one of tensor
+        # parallelism some of the heads.
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: dict[int, Tensor] = {}
 
     @property
     def is_even(self) -> bool:
@@ -167,36 +166,43 @@ class KVCache:
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, for instance when other texts have ended."""
         self.lengths = [self.lengths[row] for row in rows]
-        self._keys_LBKSD, self._values_LBKSD = self._keys_LBKSD[:, rows], self._values_LBKSD[:, rows]
-        self._states_LBSC = self._states_LBSC[:, rows]
+        self._kept = {layer: (k_BKSD[rows], v_BKSD[rows]) for layer, (k_BKSD, v_BKSD) in self._kept.items()}
+        self._states = {layer: states_BSC[rows] for layer, states_BSC in self._states.items()}
 
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, first_key: int = 0) -> tuple[Tensor, Tensor]:
         """Store T new tokens after those of each row; return keys and values from `first_key` up to the end of the
         longest row, (B, K, S, D). After its own end, a shorter row holds zeros or padding, which the mask hides."""
         heads, num_new = k_BKTD.shape[1:3]
         end = max(self.lengths) + num_new
-        if not self._keys_LBKSD.shape[2]:
-            layers, batch, _, max_length, head_dim = self._keys_LBKSD.shape
-            self._keys_LBKSD = self._keys_LBKSD.new_zeros(layers, batch, heads, max_length, head_dim)
-            self._values_LBKSD = torch.zeros_like(self._keys_LBKSD)
-        for all_BKSD, new_BKTD in ((self._keys_LBKSD[layer], k_BKTD), (self._values_LBKSD[layer], v_BKTD)):
+        if layer not in self._kept:
+            k_BKSD, v_BKSD = (self._room(heads, self.max_length, self._config.head_dim) for _ in range(2))
+            self._kept[layer] = k_BKSD, v_BKSD
+        for all_BKSD, new_BKTD in zip(self._kept[layer], (k_BKTD, v_BKTD)):
             if self.is_even:
                 all_BKSD[:, :, end - num_new : end] = new_BKTD
             else:
                 for row, length in enumerate(self.lengths):
                     all_BKSD[row, :, length : length + num_new] = new_BKTD[row]
-        return self._keys_LBKSD[layer, :, :, first_key:end], self._values_LBKSD[layer, :, :, first_key:end]
+        k_BKSD, v_BKSD = self._kept[layer]
+        return k_BKSD[:, :, first_key:end], v_BKSD[:, :, first_key:end]
 
     def append_states(self, layer: int, x_BTC: Tensor) -> Tensor:
         """Store what a layer's local filter reads of T new tokens; return that of the two tokens before them in each
         row, (B, 2, C), which are zeros where there are none."""
-        states_BSC, num_new = self._states_LBSC[layer], x_BTC.shape[1]
-        earlier_B2C = x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
+        num_new = x_BTC.shape[1]
+        if layer not in self._states:
+            # Rows may be cut back to any length, so the last two tokens' states would not be enough.
+            self._states[layer] = self._room(self.max_length, self._config.hidden_size)
+        states_BSC, earlier_B2C = self._states[layer], x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
         for row, length in enumerate(self.lengths):
             num = min(length, 2)
             earlier_B2C[row, 2 - num :] = states_BSC[row, length - num : length]
             states_BSC[row, length : length + num_new] = x_BTC[row]
         return earlier_B2C
+
+    def _room(self, *shape: int) -> Tensor:
+        """Zeros for each row."""
+        return torch.zeros(len(self.lengths), *shape, dtype=self._dtype, device=self._device)
 
 
 @dataclass(frozen=True)
@@ -278,7 +284,9 @@ class Attend:
     step: "PagedStep | None" = None
     """If the row has new tokens of several texts."""
     segments: tuple["Attend", ...] = ()
-    """What the queries of each text attend to, in order; empty without a step."""
+    """What the queries of each text with several of them attend to, in the order of `step.longer`."""
+    singles: tuple[Group, ...] = ()
+    """Texts with one query, as they are attended to together."""
     has_past: bool = False
     """Whether there are keys before the first query."""
 
@@ -335,11 +343,13 @@ def attend_to(
     return {window: whole_rows(common, window, num_new, past, document_ids_BT, by_mask, dtype) for window in windows}
 
 
-def common_to_layers(config: ModelConfig, positions_BT: Tensor, document_ids_BT: Tensor | None) -> Attend:
-    """Positions, and what follows from them alone."""
+def common_to_layers(
+    config: ModelConfig, positions_BT: Tensor, document_ids_BT: Tensor | None, lengths_BT: Tensor | None = None
+) -> Attend:
+    """Positions, and what follows from them alone; arguments as of rotary_tables."""
     if config.position_embedding == "alibi":
         return Attend(positions_BT, None, slopes=alibi_slopes(config.num_attention_heads, positions_BT.device))
-    return Attend(positions_BT, rotary_tables(config, positions_BT, document_ids_BT))
+    return Attend(positions_BT, rotary_tables(config, positions_BT, document_ids_BT, lengths_BT))
 
 
 def mask_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -81,11 +81,13 @@ class Attention(nn.Module):
 
     def _attended_by_segment(self, q_1HND: Tensor, attend: Attend, step: PagedStep) -> Tensor:
         """Heads' outputs of new tokens of several texts, whose keys and values are stored."""
-        outputs = []
-        for number, (q_1HTD, segment) in enumerate(zip(q_1HND.split(step.widths, dim=2), attend.segments)):
+        out_1HND = torch.empty_like(q_1HND)
+        step.attend_singles(self.layer, q_1HND[0], attend.singles, out_1HND[0])
+        for number, segment in zip(step.longer, attend.segments):
             k_1KSD, v_1KSD = step.read(self.layer, number, segment.first_key)
-            outputs.append(self._attended(q_1HTD, k_1KSD, v_1KSD, segment, None))
-        return torch.cat(outputs, dim=2)
+            rows = step.rows[number]
+            out_1HND[:, :, rows] = self._attended(q_1HND[:, :, rows], k_1KSD, v_1KSD, segment, None)
+        return out_1HND
 
     def _attended_in_share(
         self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attend: Attend, share: RowShare

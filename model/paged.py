@@ -6,10 +6,15 @@ over new tokens of several of them.
     a pass        one row of tokens, sequence after sequence:   a: 1 new token, b: 5 of its prompt, c: ...
 
 Norms, projections and feed-forward layers see one row of N tokens. Attention goes segment by segment: a query sees the
-keys of its own sequence. What it needs besides (mask, window, places in the pool) is computed once a pass.
+keys of its own sequence. Segments of one token are attended to together (kernels/paged_attention.py). What attention
+needs besides (mask, window, places in the pool) is computed once a pass.
 
 A sequence whose blocks lie side by side, in rising order, is read where it is; otherwise its blocks are copied together
-in each layer. So whoever hands out blocks should prefer the block after a sequence's last one.
+in each layer. So whoever hands out blocks should prefer the block after a sequence's last one. The pool lies by head,
+as products of matrices read it.
+
+A block is cleared before its first token is stored, so no numbers that another sequence has left there are read, even
+under a mask, which would not hide infinities.
 
 Shapes: L layers, N new tokens of all segments, T new tokens of one, S tokens attended to, C hidden size, K key and
 value heads, D head dim.
@@ -17,6 +22,7 @@ value heads, D head dim.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,6 +30,8 @@ from torch import Tensor
 
 from model.attend import Attend, common_to_layers, mask_dtype, whole_rows
 from model.config import ModelConfig
+from model.kernels.paged_attention import Group, Single, attend_group, groups_of
+from model.rope import depends_on_length
 
 
 class Segment(NamedTuple):
@@ -34,6 +42,9 @@ class Segment(NamedTuple):
     """Tokens of the sequence that are in the cache after the pass, the new ones included."""
     blocks: Sequence[int]
     """Blocks that hold them, in order; more may follow."""
+    prompt_length: int = 0
+    """Where rotary angles depend on a text's length: each token gets those of a text that ends with it, but of one that
+    is at least as long as this. 0: those of a text that ends with the last new token."""
 
 
 class PagedCache:
@@ -66,6 +77,11 @@ class PagedCache:
         values = 2 * config.num_key_value_heads * config.head_dim + (config.hidden_size if config.local_filter else 0)
         return config.num_hidden_layers * block_size * values * dtype.itemsize
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that it has taken."""
+        return sum(tensor.nbytes for tensor in (self.pool, self._states_LSC) if tensor is not None)
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, given as (from, to), all at once: what a pair reads, no other pair has changed."""
         if not pairs:
@@ -73,18 +89,29 @@ class PagedCache:
         sources, targets = torch.tensor(pairs, device=self.device).unbind(1)
         for pool in (self.pool, self._states_LSC if self.config.local_filter else None):
             if pool is not None:
-                blocks = pool.unflatten(1, (self.num_blocks, self.block_size))
-                blocks[:, targets] = blocks[:, sources]
+                blocks = pool.unflatten(-2, (self.num_blocks, self.block_size))
+                blocks.index_copy_(-3, targets, blocks.index_select(-3, sources))
 
-    def append(self, layer: int, slots: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
+    def append(self, layer: int, slots: Tensor, k_KND: Tensor, v_KND: Tensor) -> None:
         """Store a layer's keys and values of new tokens at these places, int64 (N,)."""
         if self.pool is None:
-            shape = 2 * len(self._places), self.num_blocks * self.block_size, *k_NKD.shape[1:]
+            heads, _, width = k_KND.shape
+            shape = 2 * len(self._places), heads, self.num_blocks * self.block_size, width
             self.pool = torch.zeros(shape, dtype=self.dtype, device=self.device)
             self._rows = self.pool.unbind(0)
+        keys_KSD, values_KSD = self.rows_of(layer)
+        keys_KSD.index_copy_(1, slots, k_KND)
+        values_KSD.index_copy_(1, slots, v_KND)
+
+    def clear(self, blocks: Tensor) -> None:
+        """Forget what is in some blocks, given by their numbers, int64."""
+        if self.pool is not None:
+            self.pool.unflatten(2, (self.num_blocks, self.block_size)).index_fill_(2, blocks, 0.0)
+
+    def rows_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values in all slots, (K, slots, D)."""
         row = self.row_of(layer)
-        self._rows[row].index_copy_(0, slots, k_NKD)
-        self._rows[row + 1].index_copy_(0, slots, v_NKD)
+        return self._rows[row], self._rows[row + 1]
 
     def row_of(self, layer: int) -> int:
         """Row of the pool that has a layer's keys; its values are in the next one."""
@@ -113,8 +140,8 @@ class _Blocks(NamedTuple):
     def read(self, cache: PagedCache, row: int) -> Tensor:
         """A copy of what a row of the pool has of them, (1, K, S, D)."""
         assert cache.pool is not None
-        by_block = cache.pool[row].unflatten(0, (cache.num_blocks, cache.block_size))
-        return by_block[self.blocks].flatten(0, 1)[self.begin : self.end].transpose(0, 1)[None]
+        by_block = cache.pool[row].unflatten(1, (cache.num_blocks, cache.block_size))
+        return by_block.index_select(1, self.blocks).flatten(1, 2)[:, self.begin : self.end][None]
 
 
 class PagedStep:
@@ -128,18 +155,31 @@ class PagedStep:
     def __init__(self, cache: PagedCache, segments: Sequence[Segment]):
         size = cache.block_size
         self.cache, self.segments = cache, tuple(segments)
-        self.widths = [segment.num_new for segment in segments]
         positions: list[int] = []
         slots: list[int] = []
-        for num_new, length, blocks in segments:
+        begun: list[int] = []
+        for num_new, length, blocks, _ in segments:
             if not 0 < num_new <= length <= len(blocks) * size:
                 raise ValueError(f"{len(blocks)} blocks of {size} cannot hold {length} tokens, {num_new} of them new")
             new = range(length - num_new, length)
             positions += new
             slots += [blocks[place // size] * size + place % size for place in new]
+            if length % size and (length - 1) // size * size >= length - num_new:
+                # The last block begins with one of these tokens, and they do not fill it.
+                begun.append(blocks[(length - 1) // size])
         device = cache.device
         self.positions_1N = torch.tensor([positions], device=device)
         self.slots_N = torch.tensor(slots, device=device)
+        self._begun = torch.tensor(begun, device=device) if begun else None
+        ends = list(accumulate(segment.num_new for segment in segments))
+        self.longer = [number for number, segment in enumerate(self.segments) if segment.num_new > 1]
+        """Numbers of the segments with several new tokens."""
+        self.rows = [slice(end - segment.num_new, end) for end, segment in zip(ends, self.segments)]
+        """Places of each segment's tokens in the row."""
+        self._singles = [
+            Single(end - 1, segment.length, segment.blocks)
+            for end, segment in zip(ends, self.segments) if segment.num_new == 1
+        ]  # fmt: skip
         # Segment and first key -> where the keys are.
         self._places: dict[tuple[int, int], tuple[Tensor, ...] | _Blocks] = {}
         self._before_N2: Tensor | None = None
@@ -162,7 +202,21 @@ class PagedStep:
 
     def append(self, layer: int, k_1KND: Tensor, v_1KND: Tensor) -> None:
         """Store a layer's keys and values of the new tokens."""
-        self.cache.append(layer, self.slots_N, k_1KND[0].transpose(0, 1), v_1KND[0].transpose(0, 1))
+        if self._begun is not None:
+            self.cache.clear(self._begun)
+            self._begun = None
+        self.cache.append(layer, self.slots_N, k_1KND[0], v_1KND[0])
+
+    def attend_singles(self, layer: int, q_HND: Tensor, groups: Sequence[Group], out_HND: Tensor) -> None:
+        """Write the heads' outputs of the segments with one new token each."""
+        keys_KSD, values_KSD = self.cache.rows_of(layer)
+        for group in groups:
+            q_HBD = q_HND if group.rows_B is None else q_HND.index_select(1, group.rows_B)
+            out_BHD = attend_group(q_HBD.transpose(0, 1), keys_KSD, values_KSD, group, self.cache.block_size)
+            if group.rows_B is None:
+                out_HND.copy_(out_BHD.transpose(0, 1))
+            else:
+                out_HND.index_copy_(1, group.rows_B, out_BHD.transpose(0, 1))
 
     def read(self, layer: int, segment: int, first_key: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a segment from `first_key` up to its last new token, (1, K, S, D)."""
@@ -176,7 +230,7 @@ class PagedStep:
 
     def _find(self, number: int, first_key: int) -> "tuple[Tensor, ...] | _Blocks":
         """Views of all rows of the pool, if the keys lie side by side; otherwise their blocks."""
-        size, (_, length, blocks) = self.cache.block_size, self.segments[number]
+        size, (_, length, blocks, _) = self.cache.block_size, self.segments[number]
         first, last = first_key // size, (length - 1) // size
         used = list(blocks[first : last + 1])
         begin, end = first_key - first * size, length - first * size
@@ -184,14 +238,14 @@ class PagedStep:
             return _Blocks(torch.tensor(used, device=self.cache.device), begin, end)
         assert self.cache.pool is not None
         place = used[0] * size
-        return self.cache.pool[:, place + begin : place + end].transpose(1, 2)[:, None].unbind(0)
+        return self.cache.pool[:, None, :, place + begin : place + end].unbind(0)
 
     def append_states(self, layer: int, x_1NC: Tensor) -> Tensor:
         """Store what a layer's local filter reads of the new tokens; return that of the two tokens before each,
         (N, 2, C), of any value where there are none."""
         if self._before_N2 is None:
             size, places = self.cache.block_size, []
-            for num_new, length, blocks in self.segments:
+            for num_new, length, blocks, _ in self.segments:
                 for position in range(length - num_new, length):
                     earlier = (max(position - back, 0) for back in (2, 1))
                     places.append([blocks[place // size] * size + place % size for place in earlier])
@@ -200,18 +254,24 @@ class PagedStep:
 
     def attends(self, config: ModelConfig, windows: Iterable[int], dtype: torch.dtype) -> dict[int, Attend]:
         """The Attend of the pass, for each of these windows, with that of each segment; see attend.attend_to."""
-        device = self.cache.device
-        numbers = [[number for number, width in enumerate(self.widths) for _ in range(width)]]
-        # They tell a text's length, where rotary positions depend on it.
-        documents_1N = torch.tensor(numbers, device=device) if len(self.segments) > 1 else None
-        common, dtype = common_to_layers(config, self.positions_1N, documents_1N), mask_dtype(device, dtype)
+        lengths_1N = None
+        if depends_on_length(config):
+            ends = ((s.num_new, s.length, s.prompt_length) for s in self.segments)
+            lengths = [
+                max(position + 1, prompt) if prompt else length
+                for num_new, length, prompt in ends for position in range(length - num_new, length)
+            ]  # fmt: skip
+            lengths_1N = torch.tensor([lengths], device=self.cache.device)
+        common = common_to_layers(config, self.positions_1N, None, lengths_1N)
+        dtype = mask_dtype(self.cache.device, dtype)
         return {window: self._attend(replace(common, step=self), window, dtype) for window in set(windows)}
 
     def _attend(self, common: Attend, window: int, dtype: torch.dtype) -> Attend:
-        positions = self.positions_1N.split(self.widths, dim=1)
         segments = []
-        for its_positions, (num_new, length, _) in zip(positions, self.segments):
-            own = replace(common, positions=its_positions, rope=None)
+        for number in self.longer:
+            num_new, length, *_ = self.segments[number]
+            own = replace(common, positions=common.positions[:, self.rows[number]], rope=None)
             segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
-        return replace(common, segments=tuple(segments))
-
+        size, device = self.cache.block_size, self.cache.device
+        singles = groups_of(self._singles, self.num_new, size, window, common.slopes, device)
+        return replace(common, segments=tuple(segments), singles=tuple(singles))

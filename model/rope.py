@@ -28,13 +28,18 @@ Tables = tuple[Tensor, Tensor]
 """cos and sin of every position's angles, times the scale: (B or 1, 1, T, D / 2) each, float32."""
 
 
-def rotary_tables(config: ModelConfig, positions_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tables:
+def rotary_tables(
+    config: ModelConfig, positions_BT: Tensor, document_ids_BT: Tensor | None = None, lengths_BT: Tensor | None = None
+) -> Tables:
     """Tables for `apply_rope`.
 
     Args:
         document_ids_BT: equal ids lie side by side; by default, each row is one document.
+        lengths_BT: lengths of the tokens' documents, int64, if they are longer than what is given of them.
     """
-    lengths = sequence_lengths(positions_BT, document_ids_BT) if depends_on_length(config) else None
+    lengths = None
+    if depends_on_length(config):
+        lengths = sequence_lengths(positions_BT, document_ids_BT) if lengths_BT is None else lengths_BT
     inv_freq = inverse_frequencies(config, lengths, positions_BT.device)
     return rope_tables(inv_freq, positions_BT, attention_scale(config))
 
@@ -42,6 +47,14 @@ def rotary_tables(config: ModelConfig, positions_BT: Tensor, document_ids_BT: Te
 def depends_on_length(config: ModelConfig) -> bool:
     """Whether a token's angle depends on the length of its document, not only on its position."""
     return config.rope_scaling in ("dynamic", "longrope")
+
+
+def length_group(config: ModelConfig, length: int) -> int:
+    """Number that is the same for documents whose lengths give a token at one position the same angles, so that one may
+    take the keys of another's beginning."""
+    if config.rope_scaling == "dynamic":
+        return max(length, config.max_position_embeddings)
+    return int(config.rope_scaling == "longrope" and length > config.original_max_position_embeddings)
 
 
 def sequence_lengths(positions_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:

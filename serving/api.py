@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,25 @@ class Generating(Response):
             )  # fmt: skip
             job.began = job.last_token_at = began
             try:
-                async with self._service.answer(generation, job.requests) as answer:
+                async with AsyncExitStack() as stack:
+                    with self._in_time():
+                        async with asyncio.timeout_at(deadline):
+                            answer = await stack.enter_async_context(self._service.answer(generation, job.requests))
                     await (self._stream if job.is_stream else self._whole)(job, answer, deadline, send)
             finally:
                 self._count(job)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """
+        Raises:
+            Mistake: what is done in the context has run into the deadline.
+        """
+        try:
+            yield
+        except TimeoutError:
+            raise Mistake(f"the answer took more than {self._limits.request_timeout_s:g} s, the limit of this server: "
+                          f"ask for fewer tokens", code="timeout", status=503) from None  # fmt: skip
 
     def _count(self, job: Job) -> None:
         if job.first_token_at is not None:
@@ -155,14 +171,14 @@ class Generating(Response):
             Mistake: the time is over.
         """
         until = deadline if is_patient else min(deadline, asyncio.get_running_loop().time() + _SIGN_OF_LIFE_S)
-        try:
-            async with asyncio.timeout_at(until):
-                return await answer.take()
-        except TimeoutError:
-            if until < deadline:
-                return None
-            raise Mistake(f"the answer took more than {self._limits.request_timeout_s:g} s, the limit of this server: "
-                          f"ask for fewer tokens", code="timeout", status=503) from None  # fmt: skip
+        with self._in_time():
+            try:
+                async with asyncio.timeout_at(until):
+                    return await answer.take()
+            except TimeoutError:
+                if until < deadline:
+                    return None
+                raise
 
     async def _tell(self, send: Send, job: Job, events: list[dict]) -> None:
         if events:

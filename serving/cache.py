@@ -23,9 +23,11 @@ import numpy as np
 _USED = np.iinfo(np.int64).max
 
 
-def first_key(adapter: str | None) -> bytes:
-    """Beginning of the chain of keys of a sequence that an adapter computes."""
-    return hashlib.blake2b(b"" if adapter is None else b"=" + adapter.encode(), digest_size=16).digest()
+def first_key(adapter: str | None, group: int = 0) -> bytes:
+    """Beginning of the chain of keys of a sequence that an adapter computes. Sequences of different groups share
+    nothing."""
+    name = b"" if adapter is None else b"=" + adapter.encode()
+    return hashlib.blake2b(b"%d" % group + name, digest_size=16).digest()
 
 
 def next_key(key: bytes, tokens: Sequence[int]) -> bytes:

@@ -11,13 +11,17 @@ server.
 import logging
 import math
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from model.rope import length_group
+from serving.admission import EngineOptions, limit_of, width_of
+from serving.beams import BeamSearch
 from serving.cache import Blocks
 from serving.loading import Served
 from serving.plan import StepPlan
@@ -34,43 +38,6 @@ _NOT_NUMBERS = (
     "the model's scores are not finite numbers (NaN or infinity), so there is no next token: its weights may be "
     "damaged, or its numbers too large for its dtype"
 )
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine, and what it may do."""
-
-    max_running: int = 64
-    """Texts that are written at the same time; others wait."""
-    tokens_a_step: int = 512
-    """Tokens that one forward pass computes at most. More makes long prompts faster, and others wait longer for their
-    next token."""
-    scores_a_step: int = 128
-    """Those among them whose scores are kept for a prompt's log-probabilities: each has as many as the vocabulary."""
-    block_size: int = 16
-    """Tokens of a block of the cache."""
-    cache_tokens: int = 0
-    """Tokens whose keys and values the cache holds; 0: as many as are useful and fit into free memory."""
-    prefix_sharing: bool = True
-    """Whether texts that begin with the same tokens share these tokens' keys and values, also after they have ended."""
-    batch_invariant: bool = False
-    """Whether a text's scores have the same bits whoever else is served, and however its prompt is cut."""
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: the options do not fit together.
-        """
-        for name in ("max_running", "tokens_a_step", "scores_a_step", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.cache_tokens < 0:
-            raise ValueError(f"cache_tokens must not be negative, got {self.cache_tokens}")
-        if self.tokens_a_step < self.max_running:
-            raise ValueError(
-                f"tokens_a_step is {self.tokens_a_step} and max_running {self.max_running}: each text needs a token a "
-                f"step, so raise the one or lower the other"
-            )
 
 
 class Runs(Protocol):
@@ -97,11 +64,13 @@ class _Answer:
     Args:
         units: what the scheduler runs for it, and the choices that come of each. At first, one unit computes the prompt
             for all.
+        search: what chooses the tokens, if the texts are those of a beam search.
         prompt: the prompt's tokens, as far as their log-probabilities were asked for and computed.
     """
 
     request: Request
     units: dict[Unit, list[_Choice]]
+    search: BeamSearch | None = None
     num_cached: int = -1
     prompt: list[TokenScore] = field(default_factory=list)
 
@@ -122,20 +91,18 @@ class Engine:
         ValueError: the options do not fit together, or there is too little memory.
     """
 
-    def __init__(self, served: Served, options: EngineOptions = EngineOptions(), runner: Runs | None = None):
+    def __init__(self, served: Served, options: EngineOptions, runner: Runs | None = None):
         options.check()
         self.served, self.options = served, options
         self.context = served.model.config.max_position_embeddings
         parameter = next(served.model.parameters())
-        count = num_blocks_of(
-            served.model.config, options.block_size, options.cache_tokens, options.max_running, parameter.dtype,
-            parameter.device,
-        )  # fmt: skip
+        count = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
         if runner is None:
             runner = Runner(served, count, options.block_size, parameter.dtype, parameter.device)
         self._runner = runner
         self._blocks = Blocks(count, options.block_size, options.prefix_sharing)
-        self._scheduler = Scheduler(self._blocks, options.max_running, options.tokens_a_step, options.scores_a_step)
+        most = max(options.tokens_a_step, options.max_running)
+        self._scheduler = Scheduler(self._blocks, options.max_running, most, options.scores_a_step)
         self._open: dict[str, _Answer] = {}
         self._answers: dict[Unit, _Answer] = {}
         self._outbox: list[Piece] = []
@@ -157,21 +124,27 @@ class Engine:
         speech = self.served.speech_of(request.adapter)
         sampling, prompt_ids = request.sampling, request.prompt_ids
         check(sampling, speech.tokenizer.vocab_size, request.n)
-        limit = self._limit(request, speech.tokenizer.vocab_size)
+        limit = limit_of(
+            request, speech.tokenizer.vocab_size, self.context, self.options, self._blocks.count, self._scheduler.fits
+        )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         request = replace(request, sampling=replace(sampling, seed=seed))
         stop_ids = sampling.stop_ids | (frozenset() if sampling.ignores_eos else speech.stop_ids)
         unit = Unit(
-            (self._num_arrived, 0), [Sequence(list(prompt_ids))], limit, self._width(request), request.adapter,
-            sampling.prompt_logprobs is not None,
+            (self._num_arrived, 0), [Sequence(list(prompt_ids))], limit, width_of(request), request.adapter,
+            sampling.prompt_logprobs is not None, sampling.num_beams > 1, prompt_length=len(prompt_ids),
+            group=length_group(self.served.model.config, len(prompt_ids)),
         )  # fmt: skip
+        search = None
+        if sampling.num_beams > 1 and limit > len(prompt_ids):
+            search = BeamSearch(sampling, seed, prompt_ids, stop_ids, limit - len(prompt_ids))
         choices = [
             _Choice(number, RowState(sampling, seed, number, prompt_ids, stop_ids),
                     TextStream(speech.tokenizer, sampling.stop, sampling.includes_stop))
             for number in range(request.n)
         ]  # fmt: skip
         self._num_arrived += 1
-        self._open[request.id] = self._answers[unit] = _Answer(request, {unit: choices})
+        self._open[request.id] = self._answers[unit] = _Answer(request, {unit: choices}, search)
         self._scheduler.add(unit)
 
     def cancel(self, request_id: str) -> None:
@@ -227,52 +200,13 @@ class Engine:
             new_tokens=self._new_tokens, preemptions=self._scheduler.num_preemptions, steps=self._steps,
         )  # fmt: skip
 
-    @staticmethod
-    def _width(request: Request) -> int:
-        return max(request.n, request.sampling.num_beams)
-
-    def _limit(self, request: Request, vocab_size: int) -> int:
-        """Tokens that a text of a request may have, prompt included.
-
-        Raises:
-            ValueError: it can never be served.
-        """
-        num_prompt, most, width = len(request.prompt_ids), request.sampling.max_new_tokens, self._width(request)
-        if not request.prompt_ids:
-            raise ValueError("the prompt is empty")
-        if not all(0 <= token_id < vocab_size for token_id in request.prompt_ids):
-            raise ValueError(f"the prompt has tokens that the tokenizer does not know: it has 0 to {vocab_size - 1}")
-        needed = num_prompt + (1 if most is None else most)
-        if needed > self.context:
-            text = f" and {most} are to follow" if most else ""
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens{text}, and the model knows {self.context} positions "
-                f"(max_position_embeddings): shorten it{', or ask for fewer' if most else ''}"
-            )
-        if width > self.options.max_running:
-            raise ValueError(
-                f"the request is for {width} texts at once, and the engine writes {self.options.max_running} "
-                f"(max_running): ask for fewer"
-            )
-        together = request.sampling.num_beams
-        limit = self.context if most is None else needed
-        while most is None and limit > needed and not self._scheduler.fits(num_prompt, limit, together):
-            limit = max(needed, limit - self._blocks.block_size)
-        if not self._scheduler.fits(num_prompt, limit, together):
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and {limit - num_prompt} are to follow"
-                + (f" in each of {together} beams" if together > 1 else "")
-                + f", and the cache holds {self._blocks.count * self._blocks.block_size} tokens (cache_tokens): "
-                "shorten it, ask for fewer, or give the engine a larger cache"
-            )
-        return limit
-
     def _read(self, planned: Planned, scores_RV: Tensor, pieces: list[Piece]) -> None:
         """Add to `pieces` what follows from a step's scores."""
         lasts = [owner.is_last for owner in planned.owners]
         self._scheduler.computed(planned)
         drawing: list[tuple[Unit, _Choice]] = []
         rows: list[int] = []
+        searching: dict[Unit, list[int]] = {}
         end = 0
         for (unit, sequence, part), is_last in zip(planned.owners, lasts):
             begin, end = end, end + part.num_scores
@@ -282,6 +216,8 @@ class Engine:
                 pieces += self._end(unit, "error", _NOT_NUMBERS)
             elif is_last and len(sequence.tokens) >= unit.limit:
                 pieces += self._end(unit, "length")
+            elif is_last and unit.is_search:
+                searching.setdefault(unit, []).append(end - 1)
             elif is_last:
                 for one, choice in self._divide(answer, unit):
                     drawing.append((one, choice))
@@ -289,12 +225,18 @@ class Engine:
         if drawing:
             tokens = sample(_rows_of(scores_RV, rows), [choice.state for _, choice in drawing])
             for (unit, choice), token in zip(drawing, tokens):
-                try:
-                    pieces += self._take(unit, choice, token)
-                except Exception as error:
-                    # As for a step, but this text alone is concerned.
-                    logger.exception("the text of a token failed")
-                    pieces += self._end(unit, "error", _failed(error))
+                pieces += self._alone(unit, partial(self._take, unit, choice, token))
+        for unit, rows in searching.items():
+            pieces += self._alone(unit, partial(self._search, unit, _rows_of(scores_RV, rows)))
+
+    def _alone(self, unit: Unit, take: Callable[[], list[Piece]]) -> list[Piece]:
+        """Pieces of one unit; a fault concerns nobody else."""
+        try:
+            return take()
+        except Exception as error:
+            # As for a step.
+            logger.exception("the next token of a text failed")
+            return self._end(unit, "error", _failed(error))
 
     def _count_prompt(self, answer: _Answer, unit: Unit) -> None:
         if answer.num_cached < 0:
@@ -344,6 +286,27 @@ class Engine:
         piece = self._piece(self._answers[unit], choice, text, tokens)
         return [piece] if text or tokens or piece.prompt else []
 
+    def _search(self, unit: Unit, scores_BV: Tensor) -> list[Piece]:
+        """What a step of a beam search brings: at its end, all texts."""
+        answer = self._answers[unit]
+        assert answer.search is not None
+        try:
+            parents, tokens, is_done = answer.search.advance(scores_BV)
+        except FloatingPointError:
+            return self._end(unit, "error", _NOT_NUMBERS)
+        if not is_done:
+            self._scheduler.select(unit, parents, tokens)
+            return []
+        pieces = []
+        choices = answer.units[unit]
+        for choice, found in zip(choices, answer.search.results(len(choices)), strict=True):
+            new = [choice.stream.push(TokenScore(token_id)) for token_id in found.ids]
+            self._new_tokens += len(new)
+            text, told = "".join(one.text for one in new), tuple(token for one in new for token in one.tokens)
+            pieces.append(self._last(answer, choice, "stop" if found.has_stopped else "length", "", text, told))
+        self._drop(unit)
+        return pieces
+
     def _end(
         self, unit: Unit, finish: Finish, error: str = "", text: str = "", tokens: tuple[TokenScore, ...] = ()
     ) -> list[Piece]:
@@ -355,20 +318,27 @@ class Engine:
         answer = self._answers.get(unit)
         if answer is None:
             return []
-        pieces = []
-        for choice in answer.units[unit]:
-            own_text, own_tokens, own_finish = text, tokens, finish
-            if finish in ("stop", "length"):
-                rest = choice.stream.flush()
-                own_text, own_tokens = text + rest.text, (*tokens, *rest.tokens)
-                own_finish = "stop" if rest.stopped else finish
-            piece = self._piece(answer, choice, own_text, own_tokens)
-            pieces.append(piece._replace(finish=own_finish, error=error, cached_tokens=max(0, answer.num_cached)))
+        pieces = [self._last(answer, choice, finish, error, text, tokens) for choice in answer.units[unit]]
+        self._drop(unit)
+        return pieces
+
+    def _drop(self, unit: Unit) -> None:
         self._scheduler.end(unit)
-        del self._answers[unit], answer.units[unit]
+        answer = self._answers.pop(unit)
+        del answer.units[unit]
         if not answer.units:
             del self._open[answer.request.id]
-        return pieces
+
+    def _last(
+        self, answer: _Answer, choice: _Choice, finish: Finish, error: str, text: str, tokens: tuple[TokenScore, ...]
+    ) -> Piece:
+        """The last piece of a choice, with what its text still held back."""
+        if finish in ("stop", "length"):
+            rest = choice.stream.flush()
+            text, tokens = text + rest.text, (*tokens, *rest.tokens)
+            finish = "stop" if rest.stopped else finish
+        piece = self._piece(answer, choice, text, tokens)
+        return piece._replace(finish=finish, error=error, cached_tokens=max(0, answer.num_cached))
 
     def _piece(self, answer: _Answer, choice: _Choice, text: str, tokens: tuple[TokenScore, ...]) -> Piece:
         prompt = () if choice.has_spoken or answer.lacks_prompt else tuple(answer.prompt)

@@ -16,6 +16,10 @@ class Part(NamedTuple):
     """Blocks of the cache that hold the sequence, in order, up to its last new token."""
     num_scores: int
     """Number of its last tokens whose scores are wanted: 0 for a piece of a prompt that goes on, usually 1, or all."""
+    prompt_length: int = 0
+    """Tokens of the sequence's prompt, for models whose rotary angles depend on a text's length: so a prompt may come
+    in pieces, and a text be computed again. See model.paged.Segment; and model.rope.length_group, for whose blocks may
+    be shared."""
 
 
 class StepPlan(NamedTuple):

@@ -7,32 +7,33 @@ import torch
 
 from model.config import ModelConfig
 from model.paged import PagedCache
+from serving.admission import EngineOptions
 
 _SHARE_OF_GPU, _SHARE_OF_CPU = 0.8, 0.25
 """Parts of free memory that the cache may take. On a CPU, others need memory, too."""
 _MEMINFO = Path("/proc/meminfo")
 
 
-def num_blocks_of(
-    config: ModelConfig, block_size: int, cache_tokens: int, max_running: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Number of blocks of an engine's cache.
+def num_blocks_of(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> int:
+    """Number of blocks of an engine's cache. Ranks that share a model must agree on one.
 
     Args:
-        cache_tokens: how many tokens it shall hold; 0: as many as max_running texts have, as far as free memory allows.
+        dtype, device: those that the model computes in and on.
     Raises:
         ValueError: there is no memory.
     """
-    if cache_tokens:
-        return -(-cache_tokens // block_size)
-    blocks_of_text = -(-config.max_position_embeddings // block_size)
-    bytes_of_block = PagedCache.block_bytes(config, block_size, dtype)
-    free = _free_bytes(device)
-    count = min(max_running * blocks_of_text, int(free * _share_of(device)) // bytes_of_block)
+    size = options.block_size
+    if options.cache_tokens:
+        return -(-options.cache_tokens // size)
+    bytes_of_block = PagedCache.block_bytes(config, size, dtype)
+    memory = options.cache_gb * 1e9 or _free_bytes(device) * _share_of(device)
+    count = int(memory // bytes_of_block)
+    if not options.cache_gb:
+        count = min(count, options.max_running * -(-config.max_position_embeddings // size))
     if count < 1:
         raise ValueError(
-            f"{free / 1e9:.1f} GB of memory are free, and a block of {block_size} tokens of the cache takes "
-            f"{bytes_of_block / 1e9:.3f} GB: end other programs, or take a smaller model"
+            f"{memory / 1e9:.3f} GB are there for the cache, and a block of {size} tokens takes "
+            f"{bytes_of_block / 1e9:.3f} GB: give it more (cache_gb), end other programs, or take a smaller model"
         )
     return count
 

@@ -25,6 +25,7 @@ class Runner:
     def __init__(
         self, served: Served, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        served.pack()
         self.served, self.device = served, device
         layers = [layer for layer, _ in served.model.layers.numbered()]
         self.cache = PagedCache(served.model.config, num_blocks, block_size, dtype, device, layers)
@@ -45,7 +46,7 @@ class Runner:
 
 
 def _segment(part: Part) -> Segment:
-    return Segment(len(part.tokens), part.start + len(part.tokens), part.blocks)
+    return Segment(len(part.tokens), part.start + len(part.tokens), part.blocks, part.prompt_length)
 
 
 def _wanted(parts: list[Part]) -> list[int]:

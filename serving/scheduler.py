@@ -67,6 +67,10 @@ class Unit:
     """Whether its sequences are beams, and stay together."""
     num_cached: int = -1
     """Tokens of the prompt that were in the cache already; -1: it did not run yet."""
+    prompt_length: int = 0
+    """Tokens of the prompt."""
+    group: int = 0
+    """Units of different groups share no blocks, see model.rope.length_group."""
 
     @property
     def num_places(self) -> int:
@@ -173,7 +177,7 @@ class Scheduler:
         (sequence,), (request, choice) = unit.sequences, unit.arrival
         new = [
             Unit((request, choice + number), [self._copy(sequence)], unit.limit, 1, unit.adapter, False,
-                 unit.is_search, unit.num_cached)
+                 unit.is_search, unit.num_cached, unit.prompt_length, unit.group)
             for number in range(1, num_units)
         ]  # fmt: skip
         self.running += new
@@ -220,7 +224,7 @@ class Scheduler:
         """Keys of all full blocks of a sequence's tokens."""
         size, keys = self.blocks.block_size, sequence.keys
         for start in range(len(keys) * size, len(sequence.tokens) - size + 1, size):
-            before = keys[-1] if keys else first_key(unit.adapter)
+            before = keys[-1] if keys else first_key(unit.adapter, unit.group)
             keys.append(next_key(before, sequence.tokens[start : start + size]))
         return keys
 
@@ -331,7 +335,7 @@ class _Step:
             self.scores_left -= count
         self.tokens_left -= count
         blocks = sequence.table.blocks[: self.blocks.blocks_for(end)]
-        part = Part(sequence.tokens[start:end], start, blocks, num_scores)
+        part = Part(sequence.tokens[start:end], start, blocks, num_scores, unit.prompt_length)
         self.owners.append(Scored(unit, sequence, part))
 
     def _admit(self) -> None:

@@ -83,6 +83,8 @@ def sdpa_masked(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | N
             there are several queries, all keys if there is one.
     """
     assert _is_read_right(mask, q_BHTD)
+    if q_BHTD.shape[2] == 1:
+        return _single_query(q_BHTD, k_BKSD, v_BKSD, mask)
     if mask is not None and k_BKSD.is_cuda:
         # No fused CUDA kernel takes grouped heads together with a mask: torch would fall back to the kernel that
         # stores all T x S weights.
@@ -91,6 +93,18 @@ def sdpa_masked(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | N
         q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1,
         enable_gqa=q_BHTD.shape[1] != k_BKSD.shape[1],
     )  # fmt: skip
+
+
+def _single_query(q_BH1D: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
+    """The same for one query a row. The heads of a group are like queries of one head, so each key is read once."""
+    batch, groups = k_BKSD.shape[:2]
+    q_BKGD, heads = q_BH1D.reshape(batch, groups, -1, q_BH1D.shape[-1]), q_BH1D.shape[1]
+    if mask is not None and mask.shape[1] == heads:
+        mask = mask.unflatten(1, (groups, -1)).squeeze(3)
+    if not q_BKGD.is_cuda:
+        # CPUs multiply a vector in float32 four times as fast as in bfloat16, the conversion included.
+        q_BKGD, k_BKSD, v_BKSD = (x.float() if x.dtype.itemsize == 2 else x for x in (q_BKGD, k_BKSD, v_BKSD))
+    return F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask).reshape(q_BH1D.shape).to(q_BH1D.dtype)
 
 
 def _by_token(*tensors_BHTD: Tensor) -> tuple[Tensor, ...]:

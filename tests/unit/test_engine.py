@@ -10,7 +10,9 @@ import torch
 
 from model import Decoder, ModelConfig
 from model.config import padded_vocab_size
-from serving.engine import Engine, EngineOptions
+from serving.admission import EngineOptions
+from serving.beams import BeamSearch, BeamText
+from serving.engine import Engine
 from serving.generation import generate
 from serving.loading import Served, Speech, load
 from serving.plan import StepPlan
@@ -42,10 +44,24 @@ def served(tokenizer: Tokenizer) -> Served:
     return Served(model, Speech(tokenizer, frozenset(range(40, 50)) | {tokenizer.eod_id}, {}))
 
 
-def engine_of(served: Served, blocks: int = 20, plain: bool = False, **options) -> Engine:
+class Shaken(Engine):
+    """Takes blocks away from running texts at random, besides those that it must take."""
+
+    random = random.Random(0)
+
+    def step(self) -> list[Piece]:
+        running = self._scheduler.running
+        if running and self.random.random() < 0.2:
+            self._scheduler.preempt(self.random.choice(running))
+        return super().step()
+
+
+def engine_of(
+    served: Served, blocks: int = 20, plain: bool = False, kind: type[Engine] = Engine, **options
+) -> Engine:
     sizes = EngineOptions(**{"max_running": 6, "tokens_a_step": 9, "block_size": 4, "scores_a_step": 5} | options)
     sizes = replace(sizes, cache_tokens=blocks * sizes.block_size)
-    return Engine(served, sizes, PlainRunner(served, blocks, sizes.block_size) if plain else None)
+    return kind(served, sizes, PlainRunner(served, blocks, sizes.block_size) if plain else None)
 
 
 @dataclass
@@ -155,7 +171,7 @@ def test_choices_are_those_of_one_by_one(served: Served):
     """Same seed, same text: whatever else runs, preemptions included, and as a fourth of four or the only one."""
     sampling = Sampling(seed=5, max_new_tokens=15, top_k=20)
     requests = [Request(str(n), prompt, replace(sampling, seed=n), n=4) for n, prompt in enumerate(prompts_of(6, 1))]
-    together = engine_of(served, 20)
+    together = engine_of(served, 20, kind=Shaken)
     said = gather(together.run(requests))
     assert together.stats().preemptions
     for request in requests:
@@ -226,6 +242,49 @@ def test_scores_that_are_no_numbers_end_one_text(served: Served, prompt_logprobs
             else:
                 assert one.ids == alone(served, request.prompt_ids)
     check_empty(engine)
+
+
+def beams_alone(served: Served, prompt: tuple[int, ...], sampling: Sampling, n: int) -> list[BeamText]:
+    """A beam search that computes all its texts anew at each step."""
+    most = CONTEXT if sampling.max_new_tokens is None else sampling.max_new_tokens
+    room = min(most, CONTEXT - len(prompt))
+    search = BeamSearch(sampling, sampling.seed or 0, prompt, served.stop_ids, room)
+    texts, is_done = [prompt], False
+    while not is_done:
+        with torch.no_grad():
+            scores_BV = served.model.logits(served.model(torch.tensor(texts))[:, -1])[:, : served.tokenizer.vocab_size]
+        parents, tokens, is_done = search.advance(scores_BV)
+        texts = [(*texts[parent], token) for parent, token in zip(parents, tokens)]
+    return search.results(n)
+
+
+def test_beams(served: Served):
+    """Among others, preempted and computed again, where texts share blocks that none may write."""
+    options = [
+        Sampling(temperature=0.0, max_new_tokens=18, num_beams=4),
+        Sampling(max_new_tokens=18, num_beams=3, seed=4, early_stopping=True),
+        Sampling(temperature=0.0, max_new_tokens=26, num_beams=2, length_penalty=2.0, early_stopping="never"),
+    ]
+    requests = [
+        Request(f"{n} {k}", prompt, one, n=2)
+        for n, prompt in enumerate(prompts_of(4, 4, longest=15)) for k, one in enumerate(options)
+    ]  # fmt: skip
+    requests += [Request(f"{n}", prompt, GREEDY) for n, prompt in enumerate(prompts_of(8))]
+    expected = {request.id: beams_alone(served, request.prompt_ids, request.sampling, 2)
+                for request in requests if request.n > 1}  # fmt: skip
+    for blocks, shares, kind in ((150, True, Engine), (26, True, Shaken), (26, False, Shaken)):
+        engine = engine_of(served, blocks, kind=kind, prefix_sharing=shares)
+        said = gather(engine.run(requests))
+        for request in requests:
+            if request.n == 1:
+                assert said[request.id, 0].ids == alone(served, request.prompt_ids)
+                continue
+            for choice, found in enumerate(expected[request.id]):
+                one = said[request.id, choice]
+                assert (one.ids, one.text) == (found.ids, served.tokenizer.decode(found.ids))
+                assert one.finish == ("stop" if found.has_stopped else "length")
+        assert (engine.stats().preemptions > 0) == (blocks != 150)
+        check_empty(engine)
 
 
 def test_log_probabilities(served: Served):
@@ -301,8 +360,8 @@ def test_refusals(served: Served):
     said = gather(step for _ in range(20) for step in engine.step())
     assert list(said) == [("a", 0)]
     check_empty(engine)
-    for options, sentence in (({"max_running": 10}, "tokens_a_step is 9 and max_running 10"),
-                              ({"block_size": 0}, "block_size must be at least 1")):  # fmt: skip
+    for options, sentence in (({"cache_gb": -1.0}, "cache_gb must not be negative, got -1"),
+                              ({"block_size": 0}, "block_size must be at least 1, got 0")):  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             engine_of(served, **options)
 

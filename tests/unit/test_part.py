@@ -85,6 +85,7 @@ def test_a_part_generates_compiles_and_recomputes():
     h = None
     for model, units, cache in zip(parts, _PARTS, caches[1:]):
         h = model(ids, cache=cache, units=units, entering=h)
+        assert cache._kept.keys() == {unit - 1 for unit in units} & {0, 1, 2}  # No room for layers of others.
     assert torch.equal(h, expected)
 
 

@@ -1,0 +1,416 @@
+// The page: which conversation is open, which answers are being written, and what each button does.
+
+import { generate, models as fetchModels, ServerError, setKeyQuestion, tokenize, USUAL_CONTINUATION } from "./api.js";
+import { ask, download, tell } from "./dialogs.js";
+import { el, icon } from "./dom.js";
+import { requested, showFields } from "./sampling.js";
+import { readFiles, showList, titleOf } from "./sidebar.js";
+import * as store from "./store.js";
+import { number, setLanguage, t } from "./strings.js";
+import { grow, sends, Thread } from "./thread.js";
+
+const byId = (id) => document.getElementById(id);
+const choices = store.loadChoices();
+const writing = new Map(); // id of a conversation -> AbortController of its answer
+let conversations = store.loadConversations();
+let current = null;
+let models = [];
+let modelProblem = "";
+
+const thread = new Thread(byId("thread"), {
+  regenerate: () => {
+    if (writing.has(current.id)) return;
+    if (current.messages.at(-1)?.role === "assistant") current.messages.pop();
+    answer(current);
+  },
+  edit: (index, text) => {
+    writing.get(current.id)?.abort();
+    current.messages.splice(index);
+    current.messages.push({ role: "user", content: text });
+    answer(current);
+  },
+  prompt: async (index) => {
+    const message = current.messages[index];
+    return message.promptTokens ?? (await tokenize(promptOf(current, index, message.model ?? modelOf(current)?.id))).prompt;
+  },
+});
+
+const modelOf = (conversation) => models.find((one) => one.id === conversation.model) ?? models[0] ?? null;
+
+// What a request says before its answer number `index`.
+function promptOf({ kind, messages, system }, index, model) {
+  const before = messages.slice(0, index);
+  const named = model ? { model } : {};
+  if (kind === "text") return { ...named, prompt: before.map((message) => message.content).join("") };
+  const said = before.map(({ role, content }) => ({ role, content }));
+  return { ...named, messages: system.trim() ? [{ role: "system", content: system }, ...said] : said };
+}
+
+// ---- Answers
+
+async function answer(conversation) {
+  const { messages } = conversation;
+  const model = modelOf(conversation);
+  const request = { ...promptOf(conversation, messages.length, model?.id), ...requested(conversation.sampling, model?.recommended) };
+  const message = { role: "assistant", content: "", tokens: [], model: model?.id };
+  const controller = new AbortController();
+  messages.push(message);
+  writing.set(conversation.id, controller);
+  conversation.changed = Date.now();
+  keep(conversation);
+  if (conversation === current) showConversation(true);
+  byId("spoken").textContent = t("writing");
+  const redraw = throttled(() => {
+    if (conversation !== current || !writing.has(conversation.id)) return;
+    const isAtEnd = atEnd();
+    thread.update(messages.indexOf(message), true);
+    if (isAtEnd) toEnd();
+  });
+  try {
+    if (conversation.kind === "text") await measurePrompt(request, message, controller.signal);
+    await generate(request, message, controller.signal, redraw);
+  } catch (error) {
+    if (error.name === "AbortError") message.finish = "cancelled";
+    else message.error = error instanceof ServerError ? sentenceOf(error) : t("lost");
+  }
+  // An edit may have begun the next answer meanwhile.
+  if (writing.get(conversation.id) === controller) writing.delete(conversation.id);
+  if (!conversations.includes(conversation)) return;
+  if (messages.includes(message)) keep(conversation);
+  if (conversation === current && !writing.has(conversation.id)) {
+    const isAtEnd = atEnd();
+    const place = messages.indexOf(message);
+    if (place >= 0) thread.update(place, false);
+    if (isAtEnd) toEnd();
+    showComposer();
+    byId("spoken").textContent = message.error ?? t("done", { text: message.content.slice(0, 1000) });
+  }
+  refreshModels();
+}
+
+// A continuation asks for a number of tokens; it must not be more than there is room for.
+async function measurePrompt(request, message, signal) {
+  const { model, prompt } = request;
+  const { count, max_model_len: room, prompt: tokens } = await tokenize({ ...(model && { model }), prompt }, signal);
+  message.promptTokens = tokens;
+  request.max_tokens ??= Math.max(1, Math.min(USUAL_CONTINUATION, room - count));
+}
+
+function sentenceOf({ message, retryAfter }) {
+  const sentence = /[.?!。？！…]$/.test(message) ? message : `${message}.`;
+  return retryAfter ? `${sentence} ${t("retryAfter", { count: retryAfter })}` : sentence;
+}
+
+// At most one call a frame. A hidden tab draws no frames, and needs none.
+function throttled(work) {
+  let isWaiting = false;
+  return () => {
+    if (isWaiting) return;
+    isWaiting = true;
+    requestAnimationFrame(() => {
+      isWaiting = false;
+      work();
+    });
+  };
+}
+
+function send() {
+  const field = byId("message");
+  const isText = current.kind === "text";
+  const text = isText ? field.value : field.value.trim();
+  if (writing.has(current.id) || (!text.trim() && !(isText && current.messages.length))) return;
+  if (text) current.messages.push({ role: "user", content: text });
+  field.value = "";
+  grow(field);
+  answer(current);
+}
+
+// ---- Conversations
+
+function keep(conversation) {
+  if (!conversations.includes(conversation)) conversations.push(conversation);
+  conversations.sort((one, other) => other.changed - one.changed);
+  const problem = store.saveConversation(conversation);
+  if (problem) tell(t(problem));
+  drawList();
+}
+
+function drawList() {
+  showList(conversations, current?.id, {
+    open: (id) => {
+      open(conversations.find((one) => one.id === id));
+      setSide(false);
+    },
+    save: keep,
+    remove: (id) => {
+      writing.get(id)?.abort();
+      store.deleteConversation(id);
+      conversations = conversations.filter((one) => one.id !== id);
+      if (current.id === id) startNew();
+      else drawList();
+    },
+  });
+}
+
+function open(conversation) {
+  current = conversation;
+  choices.open = conversation.messages.length ? conversation.id : null;
+  store.saveChoices(choices);
+  drawList();
+  showModel();
+  showSettings();
+  showConversation(writing.has(conversation.id));
+  toEnd();
+}
+
+function startNew() {
+  const before = current ?? conversations[0];
+  const model = choices.model ?? null;
+  const kind = models.length && !(models.find((one) => one.id === model) ?? models[0]).chat ? "text" : "chat";
+  open(store.newConversation({ kind, model, sampling: { ...before?.sampling } }));
+}
+
+function showConversation(isWriting) {
+  thread.isShowingTokens = choices.isShowingTokens ?? false;
+  thread.show(current, isWriting);
+  showComposer();
+  const isNew = !current.messages.length;
+  byId("start").hidden = !isNew;
+  document.title = isNew ? "zero2all" : `${titleOf(current)} · zero2all`;
+  if (current.messages.length === 2 && isWriting) choices.open = current.id;
+  store.saveChoices(choices);
+  if (isWriting) toEnd();
+}
+
+function showComposer() {
+  const isWriting = writing.has(current.id);
+  const isText = current.kind === "text";
+  byId("send").hidden = isWriting;
+  byId("stop").hidden = !isWriting;
+  const isBegun = current.messages.length > 0;
+  byId("message").placeholder = t(!isText ? "messageHint" : isBegun ? "textMore" : "textHint");
+  const last = current.messages.findLast((message) => message.total)?.total;
+  const all = modelOf(current)?.max_model_len;
+  byId("used").textContent = last && all ? t("used", { count: number(last), all: number(all) }) : "";
+}
+
+// ---- Models and settings
+
+async function refreshModels() {
+  try {
+    models = await fetchModels();
+    modelProblem = models.length ? "" : t("noModels");
+  } catch (error) {
+    modelProblem = error.message;
+  }
+  // An empty conversation takes the form that the model can do.
+  if (!current.messages.length && modelOf(current)?.chat === false) current.kind = "text";
+  showModel();
+  showSettings();
+  showComposer();
+}
+
+function showModel() {
+  const select = byId("model");
+  const model = modelOf(current);
+  const label = (one) => (one.parent ? "↳ " : "") + (one.step === null ? one.id : t("modelStep", { name: one.id, step: number(one.step) }));
+  const options = models.map((one) => `${one.id}\n${label(one)}`).join("\n");
+  if (select.dataset.options !== options) {
+    select.replaceChildren(...models.map((one) => el("option", { value: one.id }, label(one))));
+    select.dataset.options = options;
+  }
+  select.hidden = !models.length;
+  if (model) select.value = model.id;
+  const isText = current.kind === "text";
+  byId("start").querySelector("h1").textContent = t(isText ? "greetingText" : "greeting");
+  byId("about").textContent = model ? t("context", { model: model.id, count: number(model.max_model_len) }) : modelProblem;
+  const notes = [...(model && !model.chat ? [t("textOnly")] : []), ...(model?.notes ?? [])];
+  byId("notes").replaceChildren(...notes.map((note) => el("li", {}, note)));
+  byId("mode").hidden = !model?.chat;
+  for (const button of byId("mode").children) button.setAttribute("aria-pressed", String(button.value === current.kind));
+}
+
+let shownFields = "";
+
+function showSettings() {
+  const isText = current.kind === "text";
+  const recommended = modelOf(current)?.recommended ?? {};
+  byId("system-section").hidden = isText;
+  if (byId("system") !== document.activeElement) byId("system").value = current.system;
+  // Fields in which the user writes stay.
+  const shown = JSON.stringify([current.id, isText, recommended, document.documentElement.lang]);
+  if (shown === shownFields) return;
+  shownFields = shown;
+  showFields(byId("sampling"), current.sampling, recommended, isText, keepSettings);
+}
+
+function keepSettings() {
+  if (current.messages.length) keep(current);
+}
+
+function setChoice(name, value) {
+  choices[name] = value || undefined;
+  store.saveChoices(choices);
+}
+
+function setTheme() {
+  document.documentElement.dataset.theme = choices.theme ?? "";
+  byId("theme").value = choices.theme ?? "";
+}
+
+function drawTexts() {
+  setLanguage(choices.language ?? null);
+  byId("language").value = choices.language ?? "";
+}
+
+// ---- Panels
+
+const isNarrow = () => matchMedia("(max-width: 60rem)").matches;
+
+// On a narrow screen, a panel lies over the page, and the rest is out of reach until it closes.
+function setPanel(panel, opener, isOpen) {
+  panel.classList.toggle("is-open", isOpen);
+  opener.setAttribute("aria-expanded", String(isOpen));
+  const isOver = isOpen && isNarrow();
+  byId("shade").hidden = !isOver;
+  for (const part of document.querySelectorAll("main, #side, #settings")) part.inert = isOver && part !== panel;
+  if (isOver) panel.querySelector("button").focus();
+  else if (panel.contains(document.activeElement)) opener.focus();
+}
+
+function setSide(isOpen) {
+  setPanel(byId("side"), byId("open-side"), isOpen);
+}
+
+function setOptions(isOpen) {
+  byId("settings").hidden = !isOpen;
+  setPanel(byId("settings"), byId("open-settings"), isOpen);
+}
+
+// ---- Scrolling
+
+const atEnd = () => byId("scroller").scrollHeight - byId("scroller").scrollTop - byId("scroller").clientHeight < 60;
+
+function toEnd() {
+  byId("scroller").scrollTop = byId("scroller").scrollHeight;
+}
+
+// ---- Start
+
+function listen() {
+  const on = (id, event, work) => byId(id).addEventListener(event, work);
+  const field = byId("message");
+  on("composer", "submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  on("message", "keydown", (event) => {
+    if (!sends(event)) return;
+    event.preventDefault();
+    send();
+  });
+  on("message", "input", () => grow(field));
+  on("stop", "click", () => {
+    writing.get(current.id)?.abort();
+    field.focus();
+  });
+  on("new", "click", () => {
+    startNew();
+    setSide(false);
+    field.focus();
+  });
+  on("open-side", "click", () => setSide(true));
+  on("close-side", "click", () => setSide(false));
+  on("open-settings", "click", () => setOptions(byId("settings").hidden));
+  on("close-settings", "click", () => setOptions(false));
+  on("shade", "click", () => (setSide(false), setOptions(false)));
+  on("scroller", "scroll", () => {
+    const { scrollTop, scrollHeight, clientHeight } = byId("scroller");
+    byId("jump").hidden = scrollHeight - scrollTop - clientHeight < 200;
+    document.querySelector("main").classList.toggle("is-scrolled", scrollTop > 8);
+  });
+  on("jump", "click", toEnd);
+  on("tokens", "click", () => {
+    setChoice("isShowingTokens", !choices.isShowingTokens);
+    byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
+    showConversation(writing.has(current.id));
+  });
+  on("model", "change", () => {
+    current.model = byId("model").value;
+    setChoice("model", current.model);
+    if (!current.messages.length) current.kind = modelOf(current).chat ? "chat" : "text";
+    keepSettings();
+    showModel();
+    showSettings();
+    showComposer();
+  });
+  on("mode", "click", (event) => {
+    const kind = event.target.closest("button")?.value;
+    if (!kind) return;
+    current.kind = kind;
+    showModel();
+    showSettings();
+    showComposer();
+  });
+  on("system", "input", () => {
+    current.system = byId("system").value;
+    keepSettings();
+  });
+  on("reset", "click", () => {
+    for (const name of Object.keys(current.sampling)) delete current.sampling[name];
+    shownFields = "";
+    showSettings();
+    keepSettings();
+  });
+  on("theme", "change", () => {
+    setChoice("theme", byId("theme").value);
+    setTheme();
+  });
+  on("language", "change", () => {
+    setChoice("language", byId("language").value);
+    drawTexts();
+    byId("model").dataset.options = "";
+    open(current);
+  });
+  on("export", "click", () => download("conversations.json", store.exportJson(conversations), "application/json"));
+  on("import", "click", () => byId("file").click());
+  on("file", "change", async () => {
+    const found = await readFiles(byId("file").files);
+    byId("file").value = "";
+    found.forEach(keep);
+    if (found.length) open(found[0]);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+    if (!byId("shade").hidden) (setSide(false), setOptions(false));
+  });
+  window.addEventListener("storage", (event) => {
+    if (!store.concernsConversations(event) || writing.size) return;
+    conversations = store.loadConversations();
+    const same = conversations.find((one) => one.id === current.id);
+    if (same) open(same);
+    else drawList();
+  });
+  document.addEventListener("visibilitychange", () => document.hidden || refreshModels());
+  // What has arrived of an answer outlives the page.
+  window.addEventListener("pagehide", () => {
+    for (const conversation of conversations) if (writing.has(conversation.id)) store.saveConversation(conversation);
+  });
+}
+
+function start() {
+  for (const element of document.querySelectorAll("[data-icon]")) element.prepend(icon(element.dataset.icon));
+  drawTexts();
+  setTheme();
+  setKeyQuestion((isRefused) =>
+    ask({ title: t("keyTitle"), text: t(isRefused ? "keyWrong" : "keyText"), confirm: t("ok"), value: "", type: "password" }));
+  byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
+  listen();
+  const last = conversations.find((one) => one.id === choices.open);
+  if (last) open(last);
+  else startNew();
+  refreshModels();
+  if (!isNarrow()) byId("message").focus();
+}
+
+start();
