@@ -56,7 +56,6 @@ class Ours:
 
     def __init__(self, folder: Path, dtype: torch.dtype, options: dict[str, Any]):
         from serving.engine import Engine, EngineOptions
-
         from serving.loading import load
 
         self.engine = Engine(load(folder, {}, torch.device("cpu"), dtype), EngineOptions(**options))

@@ -29,7 +29,7 @@ from tokenizer.hf_bbpe import train_hf_bbpe
 from utils.files import atomic_write_json, sha256_of_file
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
 """Seconds within which everything awaited must happen, even on a loaded machine."""
 BLOCK_GB = 16 * 2 * 32 * 4 / 1e9
 """Memory of one block of the models below, in float32."""
@@ -259,7 +259,9 @@ async def read_answer(
             size = int((await reader.readuntil(b"\r\n")), 16)
             await read(size)
             assert await reader.readexactly(2) == b"\r\n"
+    elif "content-length" in answer.headers:
+        await read(int(answer.headers["content-length"]))
     else:
-        await read(int(answer.headers.get("content-length", 0)))
+        answer.body = await reader.read()
     answer.is_whole, answer.ended_at = True, time.monotonic()
     return answer

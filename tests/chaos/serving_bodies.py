@@ -265,7 +265,7 @@ def problem(status: int, body: bytes) -> str:
         else:
             values = [_parsed(text)]
     except ValueError as error:
-        return f"no JSON in UTF-8 ({error}): {body[:300]!r}"
+        return f"status {status}, no JSON in UTF-8 ({error}): {body[:300]!r}"
     if status < 300:
         return next((f"an error inside: {value}" for value in values if "error" in value), "")
     error = values[0].get("error") if isinstance(values[0], dict) and set(values[0]) == {"error"} else None
