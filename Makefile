@@ -9,12 +9,13 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 # One test for each core: threads of their own would only wait for each other.
 ONE_A_CORE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: help setup demo test test-all test-fast chaos lint clean
+.PHONY: help setup demo chat test test-all test-fast chaos lint clean
 
 help:
 	@echo "make setup      .venv, with everything that tests and viewer need"
 	@echo "make demo       the whole pipeline on the Python standard library's source: 7 to 10 minutes on two cores"
 	@echo "                (DEMO=--quick shows every stage in two minutes)"
+	@echo "make chat       talk to the demo's model on a page in the browser"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests, including those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"
@@ -35,6 +36,11 @@ $(READY): requirements.txt requirements-qlora.txt requirements-ssh.txt requireme
 
 demo: $(READY)
 	$(BIN)/python -m demo.run $(DEMO)
+
+chat: $(READY)
+	@test -d out/demo/dpo/ckpt || \
+		{ echo "there is no model of the demo: run make demo first, or python serve.py --model RUN"; exit 2; }
+	$(BIN)/python serve.py --model out/demo/dpo $(CHAT)
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         name = args.served_model_name or name_of(Path(args.model))
         if name in adapters:
             raise ValueError(f"model and adapter are both called {name}: give --served_model_name")
-        for path in (Path(args.model), *adapters.values()):
+        found = resolve_checkpoint_dir(Path(args.model))
+        for path in adapters.values():
             resolve_checkpoint_dir(path)
         from serving.api import Hosts, Keys
         from serving.limits import read_keys
@@ -126,16 +127,22 @@ def main(argv: list[str] | None = None) -> int:
         hosts = Hosts(args.host, args.allowed_host)
         bound = listening_socket(args.host, args.port)
         # From here on torch is imported, which takes seconds: mistakes in the command are reported before.
-        return serve(args, adapters, name, keys, hosts, bound)
+        return serve(args, found, adapters, name, keys, hosts, bound)
     except (ValueError, OSError) as error:
         tell(str(error))
         return 2
 
 
-def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: "Keys", hosts: "Hosts",
-          bound: "socket") -> int:  # fmt: skip
+def serve(
+    args: argparse.Namespace, found: Path, adapters: dict[str, Path], name: str, keys: "Keys", hosts: "Hosts",
+    bound: "socket",
+) -> int:  # fmt: skip
     """Load the model and answer until a signal.
 
+    Args:
+        found: folder of the model.
+        name: of the model, for clients.
+        bound: where to listen.
     Raises:
         ValueError: the model cannot be used.
     """
@@ -160,18 +167,19 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype, device)
 
+    options = EngineOptions(
+        max_running=args.max_running, cache_gb=args.cache_gb or 0.0, leaves_room=args.follow,
+        batch_invariant=args.batch_invariant,
+    )  # fmt: skip
+
     def generation_of(path: Path) -> Generation:
         served = load(path, adapters, device, dtype, args.load_in_4bit)
-        options = EngineOptions(
-            max_running=args.max_running, tokens_a_step=max(args.max_running, EngineOptions.tokens_a_step),
-            cache_gb=args.cache_gb or 0.0, batch_invariant=args.batch_invariant,
-        )  # fmt: skip
         offers = offers_of(served, path, name)
         step = offers[0].step
         return Generation(Engine(served, options), Catalog(offers), None if step is None else f"step-{step}")
 
-    path = resolve_checkpoint_dir(Path(args.model))
-    service = Service(generation_of(path), args.max_running + args.max_queue)
+    first = generation_of(found)
+    service = Service(first, args.max_running + args.max_queue)
     limits = Limits(request_timeout_s=args.request_timeout)
     follower = None
 
@@ -185,8 +193,8 @@ def serve(args: argparse.Namespace, adapters: dict[str, Path], name: str, keys: 
             follower.start()
 
     if args.follow:
-        follower = Follower(RunPaths(Path(args.model)).ckpt_dir, service.current.catalog.offers[0].step or 0, service,
-                            lambda path, step: generation_of(path))  # fmt: skip
+        directory, step = RunPaths(Path(args.model)).ckpt_dir, first.catalog.offers[0].step or 0
+        follower = Follower(directory, step, service, generation_of)
     running.run(new_app(service, hosts, keys, limits, log=logging.getLogger("serve").info), service, bound, ready)
     return 0
 

@@ -33,28 +33,28 @@ from demo.functions import Function, functions_of, is_asked_function, modules_of
 from demo.sampling import answer_all
 from demo.scores import Score, describe
 from model.loss import IGNORE_INDEX, cross_entropy_sum
-from serving.generation import Loaded, load_model
+from serving.loading import Served, load
 from tokenizer import load_tokenizer
 from utils.paths import a_path
 from utils.terminal import run_main
 
 
 @torch.inference_mode()
-def bits_per_byte(loaded: Loaded, data: Path) -> float:
+def bits_per_byte(served: Served, data: Path) -> float:
     """Bits per byte on all held-out modules of `data`, in masked rows of 256 tokens, as in validation.
 
     Raises:
         ValueError: the tokens are from another tokenizer.
     """
     valid = PretrainDataset(data, "valid", 256)
-    if load_tokenizer(data / "tokenizer").fingerprint != loaded.tokenizer.fingerprint:
+    if load_tokenizer(data / "tokenizer").fingerprint != served.tokenizer.fingerprint:
         raise ValueError(f"the tokens in {data} are of another tokenizer: pretokenize with the demo's")
     byte_lengths = torch.tensor(load_tokenizer(data / "tokenizer").token_byte_lengths())
     nats = text_bytes = 0.0
     for _, batch in validation_batches(valid, 16, 0, 0, 1)[1]:
         labels = batch["labels"]
-        hidden = loaded.model(batch["input_ids"], batch["positions"], batch["document_ids"])
-        nats += cross_entropy_sum(loaded.model.logits(hidden), labels).item()
+        hidden = served.model(batch["input_ids"], batch["positions"], batch["document_ids"])
+        nats += cross_entropy_sum(served.model.logits(hidden), labels).item()
         text_bytes += byte_lengths[labels[labels != IGNORE_INDEX]].sum().item()
     return nats / math.log(2) / text_bytes
 
@@ -86,13 +86,13 @@ def main() -> int:
     ]
     questions = {question_of(function, args.old_questions): function.name for function in functions}
     for name in ("run", "sft", "dpo"):
-        loaded = load_model(home / name, torch.device("cpu"), torch.float32)
+        served = load(home / name, {}, torch.device("cpu"), torch.float32)
         if name == "run":
             headers = list(held_out_headers(home / "corpus", ratio))[::2]
-            completed = [parses(h, body) for h, body in zip(headers, complete_all(loaded, headers, 0.3, args.seed))]
-            print(f"bits per byte {bits_per_byte(loaded, data):.4f}")
+            completed = [parses(h, body) for h, body in zip(headers, complete_all(served, headers, 0.3, args.seed))]
+            print(f"bits per byte {bits_per_byte(served, data):.4f}")
             print(f"of {len(headers)} completions {Score([float(c) for c in completed])} parse")
-        answers = answer_all(loaded, list(questions), args.samples, args.max_new_tokens, args.temperature, args.seed)
+        answers = answer_all(served, list(questions), args.samples, args.max_new_tokens, args.temperature, args.seed)
         records = [
             {"answers": [{**a._asdict(), "good": a.ends and is_asked_function(a.text, asked)} for a in found]}
             for asked, found in zip(questions.values(), answers)

@@ -129,7 +129,7 @@ MISTAKES = [
     Mistake("python generate.py --ckpt out/mine --prompt a --device gpu", "choose from 'auto', 'cpu', 'cuda'"),
     # Forgotten arguments.
     Mistake("python train_my_ddp.py", "--data_dir is missing"),
-    Mistake("python generate.py", "required: --ckpt"),
+    Mistake("python generate.py", "required: --model"),
     Mistake(f"{TOKENIZER} --data_dir D", "required: --output_dir"),
     Mistake(f"{TOKENIZER} --output_dir new", "--data_dir is missing"),
     Mistake(PRETOKENIZE, "required: --data_dir, --tokenizer_dir"),

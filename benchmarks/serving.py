@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import random
@@ -97,6 +98,17 @@ def open_contender(
     if name == "continuous":
         return Continuous(folder, dtype)
     return LlamaCpp(folder, scratch / "model.gguf", dtype, torch.get_num_threads(), args.requests, context)
+
+
+def require_installed(contenders: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a contender is not installed.
+    """
+    needed = {"transformers": ["transformers"], "continuous": ["transformers"], "llama.cpp": ["xllamacpp", "gguf"]}
+    for name in contenders:
+        if any(importlib.util.find_spec(package) is None for package in needed.get(name, [])):
+            raise ValueError(f"{name} is not installed: pip install -r requirements-bench.txt, or leave it out")
 
 
 class Timing:
@@ -207,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     names = args.contenders.split(",")
     if unknown := set(names) - set(CONTENDERS):
         raise ValueError(f"--contenders can be {', '.join(CONTENDERS)}, not {', '.join(sorted(unknown))}")
+    require_installed(names)
     if args.quick:
         args.requests, args.prompt, args.answer, args.rounds = 3, (4, 20), (3, 8), 1
     dtype = getattr(torch, args.dtype)

@@ -27,7 +27,7 @@ from demo.functions import asked_name, is_asked_function
 from demo.sampling import answer_all
 from demo.scores import describe
 from optimizer.mixed_precision import resolve_dtype
-from serving.generation import load_model
+from serving.loading import load
 from utils.paths import a_path, absent
 from utils.terminal import run_main
 
@@ -66,14 +66,14 @@ def main() -> int:
     parser.add_argument("--output", type=a_path, help="write questions and answers to this JSONL file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # Batches are sampled in parallel threads.
+    torch.set_num_threads(1)  # Groups of questions are answered in parallel threads.
     try:
         if args.samples < 1 or args.temperature <= 0:
             raise ValueError("--samples and --temperature must be positive")
         questions = read_questions(Path(args.questions), args.count)
         names = [asked_name(question) for question in questions]
-        loaded = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
-        answers = answer_all(loaded, questions, args.samples, args.max_new_tokens, args.temperature, args.seed)
+        served = load(Path(args.ckpt), {}, device, resolve_dtype(args.dtype, device))
+        answers = answer_all(served, questions, args.samples, args.max_new_tokens, args.temperature, args.seed)
     except (ValueError, KeyError, OSError) as error:
         print(f"demo.answer: {error}", file=sys.stderr)
         return 2

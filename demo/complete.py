@@ -31,7 +31,7 @@ from demo.functions import parses as is_python
 from demo.sampling import draw_all
 from demo.scores import Score
 from optimizer.mixed_precision import resolve_dtype
-from serving.generation import Loaded, load_model
+from serving.loading import Served, load
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -84,18 +84,14 @@ def parses(header: Header, body: str) -> bool:
     return bool(body.strip()) and is_python(function_source(header, body))
 
 
-def complete_all(loaded: Loaded, headers: list[Header], temperature: float, seed: int, rows: int = 64) -> list[str]:
+def complete_all(served: Served, headers: list[Header], temperature: float, seed: int, rows: int = 64) -> list[str]:
     """A body for each header."""
-    model, tokenizer, stop_ids = loaded
-    context, begin = model.config.max_position_embeddings, tokenizer.begin_ids
+    context, tokenizer = served.model.config.max_position_embeddings, served.tokenizer
     new_tokens = min(96, context // 2)
-    room = context - new_tokens - len(begin)
-    # Most modules are longer than the room, so most prompts have the same length.
-    prompts = [begin + tokenizer.encode(header.before + header.text)[-room:] for header in headers]
-    drawn = draw_all(loaded, prompts, new_tokens, stop_ids, temperature, seed, rows)
-    return [
-        cut_body(header, tokenizer.decode(ids), finished=len(ids) < new_tokens) for header, ids in zip(headers, drawn)
-    ]
+    room = context - new_tokens - len(tokenizer.begin_ids)
+    prompts = [tokenizer.begin_ids + tokenizer.encode(header.before + header.text)[-room:] for header in headers]
+    drawn = draw_all(served, prompts, 1, new_tokens, frozenset(), temperature, seed, rows)
+    return [cut_body(header, answers[0].text, answers[0].ends) for header, answers in zip(headers, drawn)]
 
 
 def main() -> int:
@@ -112,7 +108,7 @@ def main() -> int:
     parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # Batches are sampled in parallel threads.
+    torch.set_num_threads(1)  # Groups of functions are completed in parallel threads.
     try:
         if args.temperature <= 0:
             raise ValueError("--temperature must be positive")
@@ -120,15 +116,15 @@ def main() -> int:
         headers = list(held_out_headers(Path(args.corpus_dir), valid_ratio))
         if not headers or args.count < 1:
             raise ValueError("there is no function to complete in the held-out modules")
-        loaded = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
+        served = load(Path(args.ckpt), {}, device, resolve_dtype(args.dtype, device))
     except (ValueError, OSError) as error:
         print(f"demo.complete: {error}", file=sys.stderr)
         return 2
     if args.untrained:
-        loaded.model.initialize(args.seed)
+        served.model.initialize(args.seed)
     step = max(1.0, len(headers) / args.count)
     headers = [headers[int(number * step)] for number in range(min(args.count, len(headers)))]
-    bodies = complete_all(loaded, headers, args.temperature, args.seed)
+    bodies = complete_all(served, headers, args.temperature, args.seed)
     parsed = [parses(header, body) for header, body in zip(headers, bodies)]
     shown = range(0, len(headers), max(1, len(headers) // max(1, args.show)))
     for index in list(shown)[: args.show]:

@@ -239,8 +239,10 @@ def summarize(times: list[tuple[str, float]], home: Path) -> None:
     print_change("SFT", "answers that are the function asked for", scores["run"], scores["sft"])
     print_change("DPO", "answers that are the function asked for", scores["sft"], scores["dpo"])
     shown = home.relative_to(ROOT) if home.is_relative_to(ROOT) else home
-    print(f'\ntry: python generate.py --ckpt {shown / "run"} --prompt "def main("')
-    print(f"     python generate.py --ckpt {shown / 'dpo'} --chat    # {answers['dpo'][0]['question']}")
+    print(f'\ntry: python generate.py --model {shown / "run"} --prompt "def main("')
+    print(f"     python generate.py --model {shown / 'dpo'} --chat    # {answers['dpo'][0]['question']}")
+    shorter = ", also make chat" if str(shown) == "out/demo" else ""
+    print(f"     python serve.py --model {shown / 'dpo'}    # the same on a page, and an API for programs{shorter}")
     print(f"     python -m utils.resplot {shown}    # the curves in a window, also while a run goes on")
 
 

@@ -1,20 +1,18 @@
 """Sampling of many answers at once.
 
-The prompts of a batch have the same length, so nothing is padded: a batch holds several answers to one question and to
-other questions that happen to be as long. A row that has ended leaves the batch.
+The prompts are cut into groups that always are the same, and each group has an engine of its own. So an answer depends
+neither on the number of threads nor on the others that it is drawn beside.
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from model import Decoder, KVCache
-from serving.generation import Loaded
+from serving.engine import Engine, EngineOptions
+from serving.loading import Served
+from serving.requests import Request, Sampling
 from tokenizer.chat_template import Message, template_of
 
 _MOST_THREADS = 8
@@ -29,95 +27,62 @@ class Answer(NamedTuple):
     """Whether the answer ended by itself, before the room ran out."""
 
 
-@torch.inference_mode()
-def sample_rows(
-    model: Decoder,
-    prompts_BT: Tensor,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    temperature: float,
-    generator: torch.Generator,
-    vocab_size: int,
-) -> list[list[int]]:
-    """New tokens of each row, up to a stop id (left out) or max_new_tokens.
-
-    Args:
-        prompts_BT: token ids, int64.
-        generator: on the CPU; the tokens depend on it and on which rows share the batch.
-        vocab_size: the tokenizer's size; logits beyond it are padding.
-    """
-    device, dtype = prompts_BT.device, next(model.parameters()).dtype
-    rows, width = prompts_BT.shape
-    cache = KVCache(model.config, rows, width + max_new_tokens, dtype, device)
-    inputs, drawn, going = prompts_BT, [[] for _ in range(rows)], list(range(rows))
-    for _ in range(max_new_tokens):
-        logits_BV = model.logits(model(inputs, cache=cache)[:, -1])[:, :vocab_size].float().cpu()
-        ids_B = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        stay = []
-        for at, (row, token_id) in enumerate(zip(going, ids_B.tolist())):
-            if token_id not in stop_ids:
-                drawn[row].append(token_id)
-                stay.append(at)
-        if not stay:
-            break
-        if len(stay) < len(going):
-            going, ids_B = [going[at] for at in stay], ids_B[stay]
-            cache.keep(stay)
-        inputs = ids_B[:, None].to(device)
-    return drawn
-
-
-def batches_of_one_length(prompts: list[list[int]], rows: int) -> Iterator[list[int]]:
-    """Indices of prompts that have the same length, at most `rows` in a batch."""
-    by_length = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(number)
-    for length in sorted(by_length):
-        numbers = by_length[length]
-        yield from (numbers[at : at + rows] for at in range(0, len(numbers), rows))
-
-
 def answer_all(
-    loaded: Loaded, questions: list[str], samples: int, max_new_tokens: int, temperature: float, seed: int,
+    served: Served, questions: list[str], samples: int, max_new_tokens: int, temperature: float, seed: int,
     rows: int = 64,
 ) -> list[list[Answer]]:  # fmt: skip
     """`samples` answers to each question. A seed gives the same answers on any number of cores.
 
     Args:
-        rows: largest batch.
+        rows: answers that are drawn together.
     Raises:
         ValueError: a question leaves no room for an answer.
     """
-    tokenizer = loaded.tokenizer
-    template = template_of(tokenizer)
-    asked = [template.prompt([Message("user", question)]) for question in questions]
-    prompts = [prompt for prompt in asked for _ in range(samples)]
-    room = min(max_new_tokens, loaded.model.config.max_position_embeddings - max(map(len, asked)))
+    template = template_of(served.tokenizer)
+    prompts = [template.prompt([Message("user", question)]) for question in questions]
+    room = min(max_new_tokens, served.model.config.max_position_embeddings - max(map(len, prompts)))
     if room < 1:
         raise ValueError("a question is longer than what the model knows")
-    drawn = draw_all(loaded, prompts, room, template.stop_ids | loaded.stop_ids, temperature, seed, rows)
-    answers = [Answer(tokenizer.decode(ids), len(ids), len(ids) < room) for ids in drawn]
-    return [answers[at : at + samples] for at in range(0, len(answers), samples)]
+    return draw_all(served, prompts, samples, room, template.stop_ids, temperature, seed, rows)
 
 
 def draw_all(
-    loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int], temperature: float,
-    seed: int, rows: int = 64,
-) -> list[list[int]]:  # fmt: skip
-    """New tokens for prompts of any length. On a CPU, several threads share the batches; torch's own threads would wait
-    for each other in every such small product."""
-    device, batches = next(loaded.model.parameters()).device, list(batches_of_one_length(prompts, rows))
+    served: Served, prompts: Sequence[Sequence[int]], samples: int, max_new_tokens: int, stop_ids: frozenset[int],
+    temperature: float, seed: int, rows: int = 64,
+) -> list[list[Answer]]:  # fmt: skip
+    """`samples` texts for each prompt. On a CPU, several threads share the groups; torch's own threads would wait for
+    each other in every such small product.
 
-    def draw(number: int) -> list[list[int]]:
-        prompts_BT = torch.tensor([prompts[at] for at in batches[number]], device=device)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return sample_rows(
-            loaded.model, prompts_BT, max_new_tokens, stop_ids, temperature, generator, loaded.tokenizer.vocab_size
-        )
+    Args:
+        stop_ids: tokens that end a text, besides those that the model's folder names.
+    """
+    drawing = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=stop_ids)
+    requests = [
+        Request(str(number), tuple(prompt), replace(drawing, seed=seed * 1_000_003 + number), samples)
+        for number, prompt in enumerate(prompts)
+    ]
+    each = max(1, rows // samples)
+    groups = [requests[begin : begin + each] for begin in range(0, len(requests), each)]
+    # Before the threads begin, or each engine would do it.
+    served.pack()
+    is_cpu = next(served.model.parameters()).device.type == "cpu"
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1) if is_cpu else 1) as pool:
+        drawn = pool.map(lambda group: _draw(served, group), groups)
+        return [answers for group in drawn for answers in group]
 
-    drawn: list[list[int]] = [[]] * len(prompts)
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1) if device.type == "cpu" else 1) as pool:
-        for numbers, ids in zip(batches, pool.map(draw, range(len(batches)))):
-            for number, row in zip(numbers, ids):
-                drawn[number] = row
-    return drawn
+
+def _draw(served: Served, requests: Sequence[Request]) -> list[list[Answer]]:
+    texts: dict[tuple[str, int], str] = {}
+    counts: dict[tuple[str, int], int] = {}
+    finishes = {}
+    engine = Engine(served, EngineOptions())
+    for piece in engine.run(requests):
+        key = piece.request, piece.choice
+        texts[key] = texts.get(key, "") + piece.text
+        counts[key] = counts.get(key, 0) + len(piece.tokens)
+        finishes[key] = piece.finish
+    return [
+        [Answer(texts[key], counts[key], finishes[key] == "stop")
+         for key in ((request.id, choice) for choice in range(request.n))]
+        for request in requests
+    ]  # fmt: skip

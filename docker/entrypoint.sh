@@ -10,7 +10,8 @@ zero2all: train a language model from scratch. A container runs the given comman
   python train_my_ddp.py --help                             every flag of the training
   python -m parallel.launch --nproc_per_node=2 train_my_ddp.py --data_dir=/data --out_dir=out/mine ...
   python monitor_process.py -- python -m parallel.launch ...  the same with a monitor; exit code 75 after a stop
-  python generate.py --ckpt out/mine --prompt "Once upon a time"
+  python generate.py --model out/mine --prompt "Once upon a time"
+  python serve.py --model out/mine --host 0.0.0.0           an OpenAI-compatible API and a chat page, at port 8000
   bash                                                      look around
   sshd                                                      only an SSH server, for monitor_process.py --hosts
 

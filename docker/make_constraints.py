@@ -24,8 +24,8 @@ def resolve(target: str, options: list[str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as directory:
         report = os.path.join(directory, "report.json")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report",
-                   report, "--requirement", "requirements.txt", "--requirement", "requirements-ssh.txt", "matplotlib",
-                   "orjson", *PACKAGES[target], *options]  # fmt: skip
+                   report, "--requirement", "requirements-serve.txt", "--requirement", "requirements-ssh.txt",
+                   "matplotlib", "orjson", *PACKAGES[target], *options]  # fmt: skip
         if subprocess.run(command, cwd=ROOT).returncode:
             raise ValueError("pip finds no set of packages that fits: see what it says above")
         packages = [item["metadata"] for item in json.loads(Path(report).read_text())["install"]]

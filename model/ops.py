@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.kernels import attention, blocked_attention, experts
+from model.kernels import attention, blocked_attention, experts, paged_decoding
 from model.kernels import linear_cross_entropy as fused_loss
 from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
@@ -118,6 +118,17 @@ def choose_ops(
         if overrides.get(op) else _chosen(kernels, op, device, dtype, needs)
         for op in IMPLEMENTATIONS
     }  # fmt: skip
+
+
+def choose_paged(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """What attends to the blocks of a cache from one query a sequence, see kernels/paged_decoding.py; None: torch's
+    products, see kernels/paged_attention.py. It has no flag, since only serving uses it."""
+    fastest = (
+        found for found in paged_decoding.IMPLEMENTATIONS
+        if found.why_not(device, dtype) is None and found.is_fastest(device, dtype)
+    )  # fmt: skip
+    chosen = next(fastest, None)
+    return chosen.build()["paged"] if chosen is not None else None
 
 
 def _required(op: str, wanted: str, device: torch.device, dtype: torch.dtype, needs: frozenset[str]) -> str:

@@ -6,8 +6,8 @@ over new tokens of several of them.
     a pass        one row of tokens, sequence after sequence:   a: 1 new token, b: 5 of its prompt, c: ...
 
 Norms, projections and feed-forward layers see one row of N tokens. Attention goes segment by segment: a query sees the
-keys of its own sequence. Segments of one token are attended to together (kernels/paged_attention.py). What attention
-needs besides (mask, window, places in the pool) is computed once a pass.
+keys of its own sequence. Segments of one token are attended to together (kernels/paged_attention.py, on a GPU
+kernels/paged_decoding.py). What attention needs besides (mask, window, places in the pool) is computed once a pass.
 
 A sequence whose blocks lie side by side, in rising order, is read where it is; otherwise its blocks are copied together
 in each layer. So whoever hands out blocks should prefer the block after a sequence's last one. The pool lies by head,
@@ -31,6 +31,8 @@ from torch import Tensor
 from model.attend import Attend, common_to_layers, mask_dtype, whole_rows
 from model.config import ModelConfig
 from model.kernels.paged_attention import Group, Single, attend_group, groups_of
+from model.kernels.paged_decoding import Table, table_of
+from model.ops import choose_paged
 from model.rope import depends_on_length
 
 
@@ -63,6 +65,8 @@ class PagedCache:
     ):  # fmt: skip
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         self.dtype, self.device = dtype, device
+        self.attend_table = choose_paged(device, dtype)
+        """Kernel for one query a sequence; None: there is none here."""
         numbers = range(config.num_hidden_layers) if layers is None else layers
         self._places = {layer: place for place, layer in enumerate(numbers)}
         # Row 2 i has the keys of layer i, row 2 i + 1 its values: so one view holds what all layers know of a sequence.
@@ -152,8 +156,14 @@ class PagedStep:
         ValueError: a segment has not enough blocks.
     """
 
-    def __init__(self, cache: PagedCache, segments: Sequence[Segment]):
+    def __init__(self, cache: PagedCache, segments: Sequence[Segment], one_by_one: bool = False):
+        """
+        Args:
+            one_by_one: attend to each segment alone, over a copy of its keys: so nothing depends on other segments, or
+                on where the keys lie. For segments with one new token.
+        """
         size = cache.block_size
+        self.one_by_one = one_by_one
         self.cache, self.segments = cache, tuple(segments)
         positions: list[int] = []
         slots: list[int] = []
@@ -207,16 +217,21 @@ class PagedStep:
             self._begun = None
         self.cache.append(layer, self.slots_N, k_1KND[0], v_1KND[0])
 
-    def attend_singles(self, layer: int, q_HND: Tensor, groups: Sequence[Group], out_HND: Tensor) -> None:
+    def attend_singles(self, layer: int, q_HND: Tensor, groups: Sequence[Group | Table], out_HND: Tensor) -> None:
         """Write the heads' outputs of the segments with one new token each."""
         keys_KSD, values_KSD = self.cache.rows_of(layer)
         for group in groups:
-            q_HBD = q_HND if group.rows_B is None else q_HND.index_select(1, group.rows_B)
-            out_BHD = attend_group(q_HBD.transpose(0, 1), keys_KSD, values_KSD, group, self.cache.block_size)
-            if group.rows_B is None:
+            rows_B = group[0]
+            q_BHD = (q_HND if rows_B is None else q_HND.index_select(1, rows_B)).transpose(0, 1)
+            if isinstance(group, Table):
+                assert self.cache.attend_table is not None
+                out_BHD = self.cache.attend_table(q_BHD, keys_KSD, values_KSD, group)
+            else:
+                out_BHD = attend_group(q_BHD, keys_KSD, values_KSD, group, self.cache.block_size)
+            if rows_B is None:
                 out_HND.copy_(out_BHD.transpose(0, 1))
             else:
-                out_HND.index_copy_(1, group.rows_B, out_BHD.transpose(0, 1))
+                out_HND.index_copy_(1, rows_B, out_BHD.transpose(0, 1))
 
     def read(self, layer: int, segment: int, first_key: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a segment from `first_key` up to its last new token, (1, K, S, D)."""
@@ -273,5 +288,12 @@ class PagedStep:
             own = replace(common, positions=common.positions[:, self.rows[number]], rope=None)
             segments.append(whole_rows(own, window, num_new, [length - num_new], None, True, dtype))
         size, device = self.cache.block_size, self.cache.device
-        singles = groups_of(self._singles, self.num_new, size, window, common.slopes, device)
+        assert not (self.one_by_one and self.longer)
+        arguments = self.num_new, size, window, common.slopes, device
+        singles: list[Group] | list[Table]
+        if self.cache.attend_table is not None:
+            # Its bits depend on a text's own keys alone.
+            singles = [table_of(self._singles, *arguments)] if self._singles else []
+        else:
+            singles = groups_of(self._singles, *arguments, self.one_by_one)
         return replace(common, segments=tuple(segments), singles=tuple(singles))

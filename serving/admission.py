@@ -23,6 +23,8 @@ class EngineOptions:
     """Tokens whose keys and values the cache holds; 0: see `cache_gb`."""
     cache_gb: float = 0.0
     """Memory of the cache in GB, if `cache_tokens` is 0; 0: as much as is useful, and as free memory allows."""
+    leaves_room: bool = False
+    """Whether so much memory stays free that an engine with another model can take over from this one."""
     prefix_sharing: bool = True
     """Whether texts that begin with the same tokens share these tokens' keys and values, also after they have ended."""
     batch_invariant: bool = False

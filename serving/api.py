@@ -154,11 +154,10 @@ class Generating(Response):
                     continue
                 if not pieces:
                     break
-                events: list[dict] = []
+                told = [(job.add(piece), piece.finish) for piece in pieces]
+                await self._tell(send, job, [one for events, finish in told if finish != "error" for one in events])
                 for piece in pieces:
                     _require_sound(piece)
-                    events += job.add(piece)
-                await self._tell(send, job, events)
             await self._tell(send, job, job.last())
         except Mistake as mistake:
             await self._tell(send, job, [mistake.as_json()])
@@ -311,7 +310,7 @@ def new_app(
     def observe(method: str, path: str, status: int, seconds: float) -> None:
         known = path if path in paths else "/page" if path.startswith("/page/") else "other"
         metrics.saw_http(known, status)
-        if log is not None:
+        if log is not None and (method == "POST" or status >= 400):
             log(f"{method} {known} {status or 'left'} {seconds:.3f} s")
 
     is_open = lambda path: path in ("/", "/health") or path.startswith("/page/")  # noqa: E731

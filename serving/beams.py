@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from serving.requests import Sampling
-from serving.sampling import RowState, adjust, filtered, uniforms
+from serving.rows import RowState, adjust, uniforms
+from serving.sampling import filtered
 
 _IMPOSSIBLE = -1.0e9
 """Score of what must not be chosen. As in transformers it is added to scores, and finite."""

@@ -23,12 +23,14 @@ from model.rope import length_group
 from serving.admission import EngineOptions, limit_of, width_of
 from serving.beams import BeamSearch
 from serving.cache import Blocks
+from serving.invariant import InvariantRunner
 from serving.loading import Served
 from serving.plan import StepPlan
 from serving.pool import num_blocks_of
 from serving.requests import EngineStats, Finish, Piece, Request, TokenScore
+from serving.rows import RowState
 from serving.runner import Runner
-from serving.sampling import NO_TOKEN, RowState, check, sample, token_scores
+from serving.sampling import NO_TOKEN, check, sample, token_scores
 from serving.scheduler import Planned, Scheduler, Sequence, Unit
 from serving.text import TextStream
 
@@ -98,7 +100,8 @@ class Engine:
         parameter = next(served.model.parameters())
         count = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
         if runner is None:
-            runner = Runner(served, count, options.block_size, parameter.dtype, parameter.device)
+            kind = InvariantRunner if options.batch_invariant else Runner
+            runner = kind(served, count, options.block_size, parameter.dtype, parameter.device)
         self._runner = runner
         self._blocks = Blocks(count, options.block_size, options.prefix_sharing)
         most = max(options.tokens_a_step, options.max_running)

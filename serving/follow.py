@@ -17,18 +17,20 @@ class Follower:
     Args:
         directory: of the run's checkpoints.
         step: of the checkpoint in service.
-        load: makes a model of a checkpoint and its step. It may raise ValueError or OSError.
+        load: makes a model of a checkpoint. It may raise ValueError or OSError.
         pause_s: between two looks.
     """
 
     def __init__(
-        self, directory: Path, step: int, service: Service, load: Callable[[Path, int], Generation],
+        self, directory: Path, step: int, service: Service, load: Callable[[Path], Generation],
         pause_s: float = 2.0,
     ):  # fmt: skip
         self.step = step
         self._directory, self._service, self._load, self._pause_s = directory, service, load, pause_s
         self._skipped: set[str] = set()
-        """Names of saves that could not be used."""
+        """Names of saves that cannot be used."""
+        self._told = ""
+        """The last complaint, which is not repeated."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follow", daemon=True)
 
@@ -43,14 +45,18 @@ class Follower:
         while not self._stop.wait(self._pause_s):
             try:
                 self.look()
-            except Exception:
-                # The server goes on with the model that it has.
-                logger.exception("the run cannot be followed for the moment")
+            except OSError as error:
+                # A disk or a network that is away may come back.
+                self._complain(f"the run cannot be followed for the moment: {error}")
 
     def look(self) -> bool:
         """Take the newest checkpoint that is whole, if it is newer than the one in service; returns whether there was
-        one. Broken ones are named once and skipped. While a model before the present one still works, there is no room
-        for a third."""
+        one. Those that cannot be used are named once and skipped. While a model before the present one still works,
+        there is no room for a third.
+
+        Raises:
+            OSError: the checkpoints cannot be read.
+        """
         if self._service.has_old:
             return False
         for checkpoint in reversed(list_checkpoints(self._directory)):
@@ -61,14 +67,24 @@ class Follower:
             try:
                 if problem := find_problem(checkpoint.path, weights_only=True):
                     raise ValueError(problem)
-                generation = self._load(checkpoint.path, checkpoint.step)
-            except (ValueError, OSError) as error:
+                generation = self._load(checkpoint.path)
+            except OSError as error:
+                self._complain(f"checkpoint {checkpoint.path} cannot be read: {error}")
+                continue
+            except Exception as error:
+                # Too little memory, for example. The server goes on with the model that it has.
                 if checkpoint.path.exists():
                     self._skipped.add(checkpoint.part.save_id)
-                    logger.warning("checkpoint %s is skipped: %s", checkpoint.path, error)
+                    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    self._complain(f"checkpoint {checkpoint.path} is skipped: {what}")
                 continue
             self.step = checkpoint.step
             self._service.replace(generation)
             logger.info("new requests are answered by step %d", checkpoint.step)
             return True
         return False
+
+    def _complain(self, sentence: str) -> None:
+        if sentence != self._told:
+            logger.warning(sentence)
+        self._told = sentence

@@ -5,11 +5,12 @@
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from model import Decoder, hf
@@ -102,6 +103,11 @@ class Served:
         The model cannot be saved or given other weights after it.
         """
         pack(self.model, self._adapters.modules())
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules of the model and of its adapters, in use or not."""
+        for root in (self.model, *self._adapters.modules()):
+            yield from root.modules()
 
 def load(
     ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,

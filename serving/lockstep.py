@@ -1,82 +1,65 @@
-"""Text from a model of which several ranks hold parts: all compute the same tokens, one after the other.
+"""The engine on several ranks that hold parts of one model: the first one plans, and all compute.
 
-    rank 0      asks: prompt, length, ends | forward | draws a token | forward | ...
-    others      follow                     | forward | take it       | forward | ...
+    rank 0      plan -> | forward pass -> scores -> tokens -> plan -> | forward pass -> ...
+    others      follow  | forward pass                                | forward pass
 
-Rank 0 alone knows what is asked for, and draws. The others compute what it needs of them until it says that it is done.
+Rank 0 has the engine: it alone knows the requests, and draws the tokens. A plan (plan.py) is some numbers for each
+sequence: a kilobyte or two before each forward pass. The others run it, as they are needed for its sums, and drop the
+scores.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Protocol
 
-Ask = Callable[[Any], Any]
+from torch import Tensor
+
+from serving.plan import Part, StepPlan
+
+OfFirst = Callable[[Any], Any]
 """Returns rank 0's value, which must fit JSON, on every rank. Collective."""
 
-_ENDED = -1
-"""Instead of a token: whoever has asked wants no more."""
 
+class RunsPlans(Protocol):
+    """What computes the scores of a plan; see serving/runner.py."""
 
-class Request(NamedTuple):
-    """What is asked of `generate`."""
-
-    ids: list[int]
-    max_new_tokens: int
-    stop_ids: list[int]
+    def run(self, plan: StepPlan) -> Tensor: ...
 
 
 class Lockstep:
-    """Lets all ranks generate what the first one asks for.
+    """Runner on rank 0 that lets the other ranks run each plan, too; they `follow`.
 
     Args:
-        generate: yields the tokens for a request; it passes each through the function that it is given, which returns
-            the one to take.
-        of_first: see `Ask`.
+        runner: this rank's.
+        of_first: see `OfFirst`.
     """
 
-    def __init__(self, generate: Callable[[Request, Callable[[int], int]], Iterator[int]], of_first: Ask):
-        self._generate, self._of_first = generate, of_first
-        self._wants_more = True
+    def __init__(self, runner: RunsPlans, of_first: OfFirst):
+        self._runner, self._of_first = runner, of_first
+        self._is_running = False
 
-    def ask(self, request: Request) -> Iterator[int]:
-        """Tokens for a request; on rank 0, while the others `follow`."""
-        self._of_first(list(request))
-        self._wants_more = True
-        tokens, is_done = self._generate(request, self._agree), False
-        try:
-            for token_id in tokens:  # noqa: UP028 (yield from would end it together with this one)
-                yield token_id
-            is_done = True
-        except _EndedError:
-            is_done = True
-        finally:
-            if not is_done:
-                # The others are in the middle of the next token.
-                self._wants_more = False
-                _run_out(tokens)
+    def run(self, plan: StepPlan) -> Tensor:
+        """Scores of a plan, on rank 0.
+
+        Raises:
+            RuntimeError: a step failed before: the other ranks may be anywhere in it.
+        """
+        if self._is_running:
+            raise RuntimeError("a step failed on some of the ranks, which cannot go on: start them anew")
+        self._is_running = True
+        self._of_first(plan)
+        scores = self._runner.run(plan)
+        self._is_running = False
+        return scores
 
     def follow(self) -> None:
-        """Do this rank's part of all that rank 0 asks for, until it ends."""
-        while (request := self._of_first(None)) is not None:
-            _run_out(self._generate(Request(*request), self._agree))
+        """Run all plans that rank 0 sends, until it ends."""
+        while (sent := self._of_first(None)) is not None:
+            parts, copies, adapter = sent
+            plan = StepPlan([Part(*part) for part in parts], [(old, new) for old, new in copies], adapter)
+            self._runner.run(plan)
 
     def end(self) -> None:
-        """Let the others go; on rank 0."""
-        self._of_first(None)
-
-    def _agree(self, token_id: int) -> int:
-        taken = self._of_first(token_id if self._wants_more else _ENDED)
-        if taken == _ENDED:
-            raise _EndedError
-        return taken
-
-
-class _EndedError(Exception):
-    """Rank 0 wants no more tokens."""
-
-
-def _run_out(tokens: Iterator[int]) -> None:
-    try:
-        for _ in tokens:
-            pass
-    except _EndedError:
-        pass
+        """Let the others go; on rank 0. If it leaves in the middle of a plan, they wait for its part of a sum, not for
+        a plan: then they end when its connections close."""
+        if not self._is_running:
+            self._of_first(None)

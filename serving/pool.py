@@ -26,7 +26,8 @@ def num_blocks_of(config: ModelConfig, options: EngineOptions, dtype: torch.dtyp
     if options.cache_tokens:
         return -(-options.cache_tokens // size)
     bytes_of_block = PagedCache.block_bytes(config, size, dtype)
-    memory = options.cache_gb * 1e9 or _free_bytes(device) * _share_of(device)
+    share = (_SHARE_OF_GPU if device.type == "cuda" else _SHARE_OF_CPU) / (2 if options.leaves_room else 1)
+    memory = options.cache_gb * 1e9 or _free_bytes(device) * share
     count = int(memory // bytes_of_block)
     if not options.cache_gb:
         count = min(count, options.max_running * -(-config.max_position_embeddings // size))
@@ -38,13 +39,11 @@ def num_blocks_of(config: ModelConfig, options: EngineOptions, dtype: torch.dtyp
     return count
 
 
-def _share_of(device: torch.device) -> float:
-    return _SHARE_OF_GPU if device.type == "cuda" else _SHARE_OF_CPU
-
-
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # PyTorch keeps what it has freed, and gives it out again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if _MEMINFO.exists():
         fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

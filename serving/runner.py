@@ -5,6 +5,8 @@
     head        2 rows: the last token of a and of c
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,13 @@ class Runner:
     ) -> None:
         served.pack()
         self.served, self.device = served, device
-        layers = [layer for layer, _ in served.model.layers.numbered()]
-        self.cache = PagedCache(served.model.config, num_blocks, block_size, dtype, device, layers)
+        self._dtype = dtype
+        self.cache = self.new_cache(num_blocks, block_size)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> PagedCache:
+        """A cache for the layers that this rank has."""
+        layers = [layer for layer, _ in self.served.model.layers.numbered()]
+        return PagedCache(self.served.model.config, num_blocks, block_size, self._dtype, self.device, layers)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
@@ -37,19 +44,22 @@ class Runner:
         if self.served.active != plan.adapter:
             self.served.use(plan.adapter)
         self.cache.copy(plan.copies)
-        step = PagedStep(self.cache, [_segment(part) for part in plan.parts])
-        ids = torch.tensor([[token for part in plan.parts for token in part.tokens]], device=self.device)
+        return self._scores(plan.parts)[:, : self.served.tokenizer.vocab_size].float()
+
+    def _scores(self, parts: Sequence[Part]) -> Tensor:
+        """Scores of the wanted tokens, (R, V of the model), in the model's dtype."""
+        step = PagedStep(self.cache, [_segment(part) for part in parts])
+        ids = torch.tensor([[token for part in parts for token in part.tokens]], device=self.device)
         hidden_1NC = self.served.model(ids, cache=step)
-        rows = torch.tensor(_wanted(plan.parts), dtype=torch.int64, device=self.device)
-        scores_RV = self.served.model.logits(hidden_1NC[0, rows])
-        return scores_RV[:, : self.served.tokenizer.vocab_size].float()
+        rows = torch.tensor(_wanted(parts), dtype=torch.int64, device=self.device)
+        return self.served.model.logits(hidden_1NC[0, rows])
 
 
 def _segment(part: Part) -> Segment:
     return Segment(len(part.tokens), part.start + len(part.tokens), part.blocks, part.prompt_length)
 
 
-def _wanted(parts: list[Part]) -> list[int]:
+def _wanted(parts: Sequence[Part]) -> list[int]:
     """Places of the tokens whose scores are wanted, in the row of all tokens."""
     rows: list[int] = []
     end = 0

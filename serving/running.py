@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.service import Service
 from utils.terminal import INTERRUPTED
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _LAST_BYTES_S = 5
 """How long readers of finished answers may take their last bytes."""
+_REQUEST_WITHIN_S = 30
+"""A connection may be idle for so long, or up to twice of it."""
 _TERMINATED = 128 + signal.SIGTERM
 _WAITING_CONNECTIONS = 1024
 
@@ -44,6 +47,28 @@ def listening_socket(host: str, port: int) -> socket.socket:
         raise ValueError(f"--host {host} --port {port} cannot be used: {getattr(error, 'strerror', None) or error}; "
                          f"choose another one, or --port 0 for any") from None  # fmt: skip
     return bound
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's connections, each of which must bring a request within a while. (uvicorn waits for the first one, and
+    for the rest of any other, for ever.)"""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._before: object = None
+        self._watch = self.loop.call_later(_REQUEST_WITHIN_S, self._require_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watch.cancel()
+        super().connection_lost(exc)
+
+    def _require_request(self) -> None:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self.cycle is self._before:
+            self.transport.close()
+            return
+        self._before = self.cycle
+        self._watch = self.loop.call_later(_REQUEST_WITHIN_S, self._require_request)
 
 
 class _Server(uvicorn.Server):
@@ -80,9 +105,9 @@ def run(app: Any, service: Service, bound: socket.socket, ready: Callable[[], No
         ready: called as soon as clients can connect.
     """
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=_LAST_BYTES_S, timeout_keep_alive=30,
-        backlog=_WAITING_CONNECTIONS,
+        app, http=_Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, backlog=_WAITING_CONNECTIONS, timeout_keep_alive=_REQUEST_WITHIN_S,
+        timeout_graceful_shutdown=_LAST_BYTES_S,
     )  # fmt: skip
     server = _Server(config, service)
 

@@ -11,20 +11,23 @@ Shapes: R rows, V vocabulary, M candidates of a row, in the order of the vocabul
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from serving.requests import Sampling, TokenScore
+from serving.rows import RowState, adjust, uniform
 
 NO_TOKEN = -1
 """Id in place of a token where the scores are not numbers, or none is above minus infinity."""
 _LARGEST_SEED = 1 << 63
-_WORD = 1 << 64
 _ROWS_AT_ONCE = 64
 """Rows of log-probabilities that are in memory at the same time."""
+_SCORES_AT_ONCE = 1 << 18
+_USUAL_NUCLEUS = 512
+"""Tokens that usually reach top_p."""
 
 
 def check(sampling: Sampling, vocab_size: int, n: int = 1) -> None:
@@ -73,89 +76,6 @@ def check(sampling: Sampling, vocab_size: int, n: int = 1) -> None:
                 raise ValueError(f"{what} cannot be had with num_beams above 1: leave one of the two out")
 
 
-def uniforms(seed: int, choice: int, number: int, count: int) -> np.ndarray:
-    """Random numbers in [0, 1) for one step of one text, float64.
-
-    Args:
-        seed: the request's, from -2^63 to 2^64 - 1.
-        choice: number of the text among those of its request.
-        number: index of the token among those that were generated.
-        count: how many; the first ones do not depend on it.
-    """
-    key = np.array([seed % _WORD, choice], dtype=np.uint64)
-    counter = np.array([0, number, 0, 0], dtype=np.uint64)
-    words = np.atleast_1d(np.random.Philox(key=key, counter=counter).random_raw(count))
-    return (words >> np.uint64(11)) * 2.0**-53
-
-
-def uniform(seed: int, choice: int, number: int) -> float:
-    """Random number in [0, 1) that draws a token; see `uniforms`."""
-    return float(uniforms(seed, choice, number, 1)[0])
-
-
-class RowState:
-    """What the choice of a sequence's next token depends on, besides its scores."""
-
-    def __init__(
-        self,
-        sampling: Sampling,
-        seed: int,
-        choice: int = 0,
-        prompt_ids: Sequence[int] = (),
-        stop_ids: frozenset[int] = frozenset(),
-    ):
-        """
-        Args:
-            seed: the request's, or the random one in its place.
-            choice: number of the text among those of its request.
-            stop_ids: tokens that end this text, which are not chosen before `min_new_tokens`.
-        """
-        self.sampling, self.seed, self.choice, self.stop_ids = sampling, seed, choice, stop_ids
-        self.number = 0
-        """Number of generated tokens."""
-        self.is_penalised = (
-            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-        )
-        self._places: dict[int, int] = {}
-        self._ids, self._counts = np.empty(16, np.int64), np.empty(16, np.float32)
-        if self.is_penalised:
-            for token_id in prompt_ids:
-                self._count(token_id, 0)
-
-    def push(self, token_id: int) -> None:
-        """Add a generated token."""
-        self.number += 1
-        if self.is_penalised:
-            self._count(token_id, 1)
-
-    def fork(self) -> "RowState":
-        """A copy that goes another way, as beams do."""
-        other = RowState(self.sampling, self.seed, self.choice, (), self.stop_ids)
-        other.number, other._places = self.number, dict(self._places)
-        other._ids, other._counts = self._ids.copy(), self._counts.copy()
-        return other
-
-    @property
-    def seen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Different tokens of prompt and text, int64, and how often the text has each, float32. Empty if nothing is
-        penalised."""
-        return self._ids[: len(self._places)], self._counts[: len(self._places)]
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is too early for a stop token."""
-        return self.number < self.sampling.min_new_tokens and bool(self.stop_ids)
-
-    def _count(self, token_id: int, times: int) -> None:
-        place = self._places.get(token_id)
-        if place is None:
-            place = self._places[token_id] = len(self._places)
-            if place == len(self._ids):
-                self._ids, self._counts = np.resize(self._ids, 2 * place), np.resize(self._counts, 2 * place)
-            self._ids[place], self._counts[place] = token_id, 0
-        self._counts[place] += times
-
-
 def sample(scores_RV: Tensor, rows: Sequence[RowState]) -> list[TokenScore]:
     """The next token of each row, with its log-probability where the row asks for it. Does not push them.
 
@@ -183,61 +103,6 @@ def sample(scores_RV: Tensor, rows: Sequence[RowState]) -> list[TokenScore]:
     return tokens
 
 
-def adjust(scores_RV: Tensor, rows: Sequence[RowState]) -> Tensor:
-    """Scores with bias, penalties and forbidden stop tokens, float32 (R, V); the same tensor if no row has any.
-
-    Args:
-        scores_RV: scores, or log-probabilities in a beam search; float32.
-    """
-    if not any(row.is_penalised or row.sampling.logit_bias or row.waits for row in rows):
-        return scores_RV
-    scores_RV = scores_RV.clone()
-    biased = [(r, row.sampling.logit_bias) for r, row in enumerate(rows) if row.sampling.logit_bias]
-    if biased:
-        ids = [np.fromiter(bias.keys(), np.int64, len(bias)) for _, bias in biased]
-        added = np.concatenate([np.fromiter(bias.values(), np.float32, len(bias)) for _, bias in biased])
-        _change(scores_RV, [r for r, _ in biased], ids, lambda values, added: values + added, added)
-    penalised = [r for r, row in enumerate(rows) if row.is_penalised]
-    if penalised:
-        seen = [rows[r].seen for r in penalised]
-        lengths = [len(ids) for ids, _ in seen]
-        factors, once, each = (
-            np.repeat(np.array([getattr(rows[r].sampling, name) for r in penalised], np.float32), lengths)
-            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        )
-        counts = np.concatenate([counts for _, counts in seen])
-        taken = once * (counts > 0) + each * counts
-        _change(scores_RV, penalised, [ids for ids, _ in seen], _penalised, factors, taken)
-    waiting = [r for r, row in enumerate(rows) if row.waits]
-    if waiting:
-        ids = [np.fromiter(rows[r].stop_ids, np.int64, len(rows[r].stop_ids)) for r in waiting]
-        _change(scores_RV, waiting, ids, lambda values: torch.full_like(values, -math.inf))
-    return scores_RV
-
-
-def _penalised(values: Tensor, factors: Tensor, taken: Tensor) -> Tensor:
-    return torch.where(values < 0, values * factors, values / factors) - taken
-
-
-def _change(
-    scores_RV: Tensor,
-    rows: list[int],
-    ids: list[np.ndarray],
-    change: Callable[..., Tensor],
-    *arguments: np.ndarray,
-) -> None:
-    """Change some scores in place.
-
-    Args:
-        rows: their rows; ids: the tokens in each of these.
-        change: given the scores, (N,), and the arguments, returns the new ones.
-    """
-    at_rows = np.repeat(np.array(rows, np.int64), [len(some) for some in ids])
-    places = [torch.from_numpy(index).to(scores_RV.device) for index in (at_rows, np.concatenate(ids))]
-    others = [torch.from_numpy(argument).to(scores_RV.device) for argument in arguments]
-    scores_RV[places[0], places[1]] = change(scores_RV[places[0], places[1]], *others)
-
-
 def _highest(scores_RV: Tensor, rows: Sequence[RowState]) -> list[int]:
     """Token with the highest score of each row; the first of equals."""
     best_R, ids_R = scores_RV.max(dim=1)
@@ -252,11 +117,15 @@ def _draw(scores_RV: Tensor, rows: Sequence[RowState]) -> list[int]:
         options = row.sampling
         key = 0 < options.top_k < scores_RV.shape[1], options.top_p < 1 or options.min_p > 0
         groups.setdefault(key, []).append(r)
-    for (has_top_k, has_limits), chosen in groups.items():
-        some_RV = scores_RV if len(chosen) == len(rows) else scores_RV[chosen]
-        ids = _draw_alike(some_RV, [rows[r] for r in chosen], has_top_k, has_limits)
-        for r, token_id in zip(chosen, ids):
-            drawn[r] = token_id
+    # So few rows at once that what is computed stays in a CPU's cache.
+    step = max(1, _SCORES_AT_ONCE // scores_RV.shape[1]) if scores_RV.device.type == "cpu" else len(rows)
+    for (has_top_k, has_limits), members in groups.items():
+        for start in range(0, len(members), step):
+            chosen = members[start : start + step]
+            some_RV = scores_RV if len(chosen) == len(rows) else scores_RV[chosen]
+            ids = _draw_alike(some_RV, [rows[r] for r in chosen], has_top_k, has_limits)
+            for r, token_id in zip(chosen, ids):
+                drawn[r] = token_id
     return drawn
 
 
@@ -269,24 +138,32 @@ def _draw_alike(scores_RV: Tensor, rows: Sequence[RowState], has_top_k: bool, ha
 
     # The highest weight. The sum of all of them stays below 2^63.
     largest = 2.0 ** (62 - vocab_size.bit_length())
-    best_R1, ids_RM = scores_RV.amax(dim=1, keepdim=True), None
+    best_R1, ids_RM = scores_RV.amax(dim=1, keepdim=True).double(), None
     if has_top_k:
-        top_k = column([one.top_k for one in options], torch.int64)
-        least_R1 = scores_RV.topk(int(top_k.max())).values.gather(1, top_k - 1)
+        least_R1 = _kth_highest(scores_RV, [one.top_k for one in options])
         # Equals of the last one stay, as in transformers.
         ids_RM, scores_RV = _at_least(scores_RV, least_R1, -math.inf)
-    scaled_RM = (scores_RV.double() - best_R1) / column([one.temperature for one in options])
-    weights_RM = (scaled_RM.exp_() * largest).long()
+    temperature = column([one.temperature for one in options])
+
+    def weights_of(scores: Tensor) -> Tensor:
+        return scores.double().sub_(best_R1).div_(temperature).exp_().mul_(largest).long()
+
+    weights_RM = weights_of(scores_RV)
     if has_limits:
         top_p, min_p = column([one.top_p for one in options]), column([one.min_p for one in options])
         total_R1 = weights_RM.sum(dim=1, keepdim=True)
-        needed_R1 = torch.where(top_p < 1, (top_p * total_R1).long().clamp_(min=1), total_R1)
-        smallest_R1 = (min_p * largest).long()
+        needed_R1 = torch.where(top_p < 1, (top_p * total_R1).long().clamp_(min=1), 1)
+        smallest_R1 = (min_p * largest).long().clamp_(min=1)
         if ids_RM is None:
-            # All tokens below this weight have together less than top_p leaves out.
-            unneeded_R1 = (total_R1 - needed_R1) // vocab_size
-            ids_RM, weights_RM = _at_least(weights_RM, torch.where(top_p < 1, unneeded_R1, smallest_R1), 0)
-        weights_RM = _nucleus(weights_RM, needed_R1)
+            # The likeliest tokens usually reach top_p. Without it, min_p alone decides.
+            last_R1 = weights_of(_kth_highest(scores_RV, [min(_USUAL_NUCLEUS, vocab_size)] * len(rows)))
+            ids_RM, likely_RM = _at_least(weights_RM, torch.where(top_p < 1, last_R1, smallest_R1).clamp_(min=1), 0)
+            if bool((likely_RM.sum(dim=1, keepdim=True) < needed_R1).any()):
+                # All tokens below this weight have together less than top_p leaves out.
+                unneeded_R1 = (total_R1 - needed_R1) // vocab_size
+                ids_RM, likely_RM = _at_least(weights_RM, torch.where(top_p < 1, unneeded_R1, smallest_R1), 0)
+            weights_RM = likely_RM
+        weights_RM = torch.where(top_p < 1, _nucleus(weights_RM, needed_R1), weights_RM)
         weights_RM = weights_RM.masked_fill_(weights_RM < smallest_R1, 0)
     sums_RM = weights_RM.cumsum(dim=1)
     numbers = column([uniform(row.seed, row.choice, row.number) for row in rows])
@@ -327,6 +204,16 @@ def _sorted(values_RM: Tensor) -> Tensor:
     if values_RM.device.type == "cpu":
         return torch.from_numpy(np.sort(values_RM.numpy(), axis=1))
     return values_RM.sort(dim=1).values
+
+
+def _kth_highest(values_RV: Tensor, counts: list[int]) -> Tensor:
+    """Each row's k-th highest value, (R, 1), given k for each row."""
+    if values_RV.device.type == "cpu":
+        places = [values_RV.shape[1] - count for count in counts]
+        parted_RV = np.partition(values_RV.numpy(), sorted(set(places)), axis=1)
+        return torch.from_numpy(parted_RV[range(len(places)), places]).unsqueeze(1)
+    places_R1 = torch.tensor(counts, device=values_RV.device).unsqueeze(1) - 1
+    return values_RV.topk(max(counts)).values.gather(1, places_R1)
 
 
 def filtered(scores_RV: Tensor, options: Sampling, min_kept: int = 1) -> Tensor:

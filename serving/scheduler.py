@@ -79,7 +79,12 @@ class Unit:
     @property
     def is_ready(self) -> bool:
         """Whether each of its sequences lacks one token, and no scores before that one's are wanted."""
-        return not self.wants_scores and all(sequence.num_left == 1 for sequence in self.sequences)
+        if self.wants_scores:
+            return False
+        for sequence in self.sequences:
+            if sequence.num_left != 1:
+                return False
+        return True
 
 
 class Scored(NamedTuple):
@@ -145,28 +150,32 @@ class Scheduler:
 
     def plan(self) -> Planned | None:
         """The next step; None if there is nothing to do. Call `computed` once it has run."""
-        adapters = {unit.adapter for unit in (*self.running, *self.waiting)}
+        if not self.running and not self.waiting:
+            return None
+        adapters, preemptions = set(self._last_turns), self.num_preemptions
+        if len(adapters) > 1:
+            adapters = {unit.adapter for unit in (*self.running, *self.waiting)}
         for adapter in sorted(adapters, key=lambda adapter: self._last_turns[adapter]):
             step = _Step(self, adapter)
-            step.fill()
+            step.fill(is_full=self.num_preemptions > preemptions)
             if step.owners:
                 self._num_turns += 1
                 self._last_turns[adapter] = self._num_turns
                 return Planned(StepPlan([owner.part for owner in step.owners], step.copies, adapter), step.owners)
-        assert not adapters, "nobody can go on"
-        return None
+        raise AssertionError("nobody can go on")
 
     def computed(self, planned: Planned) -> None:
         """Note that a step has run."""
         for unit, sequence, part in planned.owners:
-            size, first = self.blocks.block_size, sequence.num_computed // self.blocks.block_size
+            first = sequence.num_computed // self.blocks.block_size
             sequence.num_computed += len(part.tokens)
-            assert sequence.table is not None
-            if self.blocks.shares_prefixes:
+            filled = range(first, sequence.num_computed // self.blocks.block_size)
+            if filled and self.blocks.shares_prefixes:
+                assert sequence.table is not None
                 keys = self._keys_of(unit, sequence)
-                for index in range(first, sequence.num_computed // size):
+                for index in filled:
                     self.blocks.know(sequence.table.blocks[index], keys[index])
-                self._came(sequence, range(first, sequence.num_computed // size))
+                self._came(sequence, filled)
             if sequence.num_left == 0:
                 unit.wants_scores = False
 
@@ -263,7 +272,12 @@ class _Step:
         self.owners: list[Scored] = []
         self.copies: list[tuple[int, int]] = []
 
-    def fill(self) -> None:
+    def fill(self, is_full: bool) -> None:
+        """Add what can be computed.
+
+        Args:
+            is_full: somebody had to give up blocks just now, so nobody is admitted.
+        """
         preemptions = self.scheduler.num_preemptions
         running = sorted((unit for unit in self.scheduler.running if unit.adapter == self.adapter),
                          key=lambda unit: unit.arrival)  # fmt: skip
@@ -276,7 +290,7 @@ class _Step:
         for unit in beginning:
             if unit in self.scheduler.running:
                 self._add_prompt(unit)
-        if self.scheduler.num_preemptions == preemptions:
+        if not is_full and self.scheduler.num_preemptions == preemptions:
             self._admit()
 
     def _make_room(self, unit: Unit) -> bool:
@@ -289,6 +303,12 @@ class _Step:
         return True
 
     def _num_new_blocks(self, unit: Unit) -> int:
+        """Number of free blocks that a unit's next tokens take."""
+        if len(unit.sequences) == 1:
+            (sequence,), size = unit.sequences, self.blocks.block_size
+            assert sequence.table is not None
+            blocks = sequence.table.blocks
+            return int(len(blocks) * size < len(sequence.tokens) or self.blocks.users[blocks[-1]] > 1)
         count, writers = 0, Counter[int]()
         for sequence in unit.sequences:
             assert sequence.table is not None

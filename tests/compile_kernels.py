@@ -19,7 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from model.dropout import DropoutKey
 from model.kernels import cross_entropy as ce
-from model.kernels import launch, rms_norm, rope, swiglu
+from model.kernels import launch, paged_decoding, rms_norm, rope, swiglu
+from model.kernels.paged_attention import Single
 from optimizer import adamw_triton, blockwise_triton, lion_triton, triton_launch
 from optimizer.blockwise import BLOCK, Quantized
 from optimizer.config import AdamWConfig, LionConfig
@@ -74,6 +75,10 @@ def call_every_kernel(dtype: torch.dtype, hidden: int, head_dim: int, intermedia
     backward(*rope.rope(q, k, table, table))
     backward(swiglu.swiglu_packed(new(8, 2 * intermediate)))
     backward(swiglu.swiglu(new(8, intermediate), new(8, intermediate)))
+    keys, values = new(2, 8, 64, head_dim).detach()
+    for window, slopes in ((0, None), (40, torch.empty(32))):
+        table = paged_decoding.table_of([Single(0, 33, [1, 3, 0])], 1, 16, window, slopes, keys.device)
+        paged_decoding.attend_table(new(1, 32, head_dim).detach(), keys, values, table)
     labels = torch.zeros(8, dtype=torch.int64)
     backward(ce.cross_entropy(new(8, vocab) * 1, labels))
     ce.cross_entropy_with_gradient_(new(8, vocab).detach(), labels, torch.ones(()), -100, 0.0)

@@ -70,6 +70,24 @@ def _round_to_bfloat16() -> None:
     interpreter._convert_float = rounding
 
 
+def _multiply_bfloat16() -> None:
+    """Make Triton's interpreter multiply matrices of bfloat16, whose bits it takes for integers. A product of two such
+    numbers is exact in float32."""
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar.name != "bf16":
+            return handle
+        data = (handle.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(data, interpreter.tl.float32)
+
+    def multiply_widened(self, a, b, *others):
+        return multiply(self, widened(a), widened(b), *others)
+
+    interpreter.InterpreterBuilder.create_dot = multiply_widened
+
+
 def _be_quick() -> None:
     """Remove repeated work of Triton's interpreter.
 
@@ -115,6 +133,7 @@ else:
         pytest.skip("Triton was imported too early to be interpreted: run these tests alone", allow_module_level=True)
     _load_interpreted()
     _round_to_bfloat16()
+    _multiply_bfloat16()
     _be_quick()
 
 

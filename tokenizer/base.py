@@ -135,11 +135,15 @@ class Tokenizer(ABC):
         """Added token -> id, for those that are neither special nor blank. Text may spell them out."""
         return {}
 
+    @cached_property
+    def _special_texts(self) -> dict[int, str]:
+        return {token_id: text for text, token_id in self.special_ids.items()}
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of some ids; invalid UTF-8 becomes U+FFFD."""
-        special_texts = {token_id: text for text, token_id in self.special_ids.items()}
         parts: list[str] = []
         plain: list[int] = []
+        special_texts = self._special_texts
         for token_id in ids:
             if token_id in special_texts:
                 parts.append(self._decode_plain(plain))

@@ -59,7 +59,7 @@ def summary_lines(end: RunEnd) -> Iterator[str]:
         yield f"go on: {end.resume}"
     talk = "--chat" if end.has_chat else '--prompt "..."'
     talk += " --load_in_4bit" if end.in_4bit else ""
-    yield f"{'talk to it' if end.has_chat else 'complete a text'}: python generate.py --ckpt {run} {talk}"
+    yield f"{'talk to it' if end.has_chat else 'complete a text'}: python generate.py --model {run} {talk}"
     yield f"see its curves: python -m utils.resplot {run}"
 
 

@@ -57,7 +57,7 @@ _ALIKE = 4
 
 def groups_of(
     texts: Sequence[Single], num_rows: int, block_size: int, window: int, slopes_H: Tensor | None,
-    device: torch.device,
+    device: torch.device, exactly: bool = False,
 ) -> list[Group]:  # fmt: skip
     """The groups of a pass: a text has more than half as many blocks as any other of its group.
 
@@ -65,19 +65,22 @@ def groups_of(
         num_rows: new tokens of the pass, those of other texts included.
         window: latest keys that a query sees; 0: all.
         slopes_H: ALiBi's.
+        exactly: each text is a group, and a copy of exactly the keys that it sees is read.
     """
+    if exactly:
+        return [_group([text], num_rows, block_size, window, slopes_H, device, True) for text in texts]
     by_size: dict[int, list[Single]] = {}
     for text in texts:
         seen = min(text.length, window) if window else text.length
         by_size.setdefault((max(-(-seen // block_size), _ALIKE) - 1).bit_length(), []).append(text)
     return [
-        _group(members, num_rows, block_size, window, slopes_H, device) for members in by_size.values()
+        _group(members, num_rows, block_size, window, slopes_H, device, False) for members in by_size.values()
     ]
 
 
 def _group(
     texts: Sequence[Single], num_rows: int, block_size: int, window: int, slopes_H: Tensor | None,
-    device: torch.device,
+    device: torch.device, exactly: bool,
 ) -> Group:  # fmt: skip
     firsts = [max(text.length - window, 0) if window else 0 for text in texts]
     used = [
@@ -91,26 +94,28 @@ def _group(
     blocks_Bn = torch.tensor(blocks, device=device)
     lengths = torch.tensor([[text.length] for text in texts], device=device)
     begins = [first // block_size * block_size for first in firsts]
+    begin, place, count = 0, None, longest * block_size
     if len(texts) == 1:
-        begin, count = firsts[0] - begins[0], texts[0].length - firsts[0]
-        is_in_order = blocks == list(range(blocks[0], blocks[0] + longest))
-        place = blocks[0] * block_size + begin if is_in_order else None
-        bias = None if slopes_H is None else _alibi(lengths, firsts, count, slopes_H)
-        return Group(rows_B, place, blocks_Bn, begin, count, bias)
-    count = longest * block_size
+        # Up to the end of the last block, unless only what is seen shall be read: oneDNN prepares itself for each new
+        # number of keys, which in bfloat16 takes as long as both products.
+        begin, begins = firsts[0] - begins[0], firsts
+        count = texts[0].length - firsts[0] if exactly else count - begin
+        if blocks == list(range(blocks[0], blocks[0] + longest)) and not exactly:
+            place = blocks[0] * block_size + begin
     places = torch.tensor(begins, device=device)[:, None] + torch.arange(count, device=device)
     is_hidden = (places >= lengths) | (places < torch.tensor(firsts, device=device)[:, None])
-    if slopes_H is None:
-        bias = torch.zeros(len(texts), 1, count, device=device)
+    if slopes_H is not None:
+        bias = _alibi(lengths, places, slopes_H)
+    elif exactly:
+        return Group(rows_B, place, blocks_Bn, begin, count, None)
     else:
-        bias = _alibi(lengths, begins, count, slopes_H)
-    return Group(rows_B, None, blocks_Bn, 0, count, bias.masked_fill(is_hidden[:, None], -torch.inf))
+        bias = torch.zeros(len(texts), 1, count, device=device)
+    return Group(rows_B, place, blocks_Bn, begin, count, bias.masked_fill(is_hidden[:, None], -torch.inf))
 
 
-def _alibi(lengths_B1: Tensor, begins: Sequence[int], count: int, slopes_H: Tensor) -> Tensor:
-    """ALiBi's scores (B, H, S), for keys from these places on."""
-    places = torch.tensor(begins, device=lengths_B1.device)[:, None] + torch.arange(count, device=lengths_B1.device)
-    distances_BS = (lengths_B1 - 1 - places).float()
+def _alibi(lengths_B1: Tensor, places_BS: Tensor, slopes_H: Tensor) -> Tensor:
+    """ALiBi's scores (B, H, S), for keys at these places."""
+    distances_BS = (lengths_B1 - 1 - places_BS).float()
     return distances_BS[:, None] * -slopes_H.float()[:, None]
 
 

@@ -24,10 +24,29 @@ export function setKeyQuestion(ask) {
   askForKey = ask;
 }
 
+let unkept = null; // where the browser keeps nothing
+
+function keptKey() {
+  try {
+    return sessionStorage.getItem(KEY);
+  } catch {
+    return unkept;
+  }
+}
+
+function keepKey(key) {
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    unkept = key;
+  }
+}
+
 async function call(path, body, signal) {
   for (;;) {
-    const key = sessionStorage.getItem(KEY);
-    const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+    const key = keptKey();
+    const headers = { ...(body && { "Content-Type": "application/json" }) };
+    if (key) headers.Authorization = `Bearer ${key}`;
     const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
     let response;
     try {
@@ -39,11 +58,11 @@ async function call(path, body, signal) {
     if (response.ok) return response;
     if (response.status !== 401) throw await problemOf(response);
     // Another request may have brought a new key meanwhile.
-    if (sessionStorage.getItem(KEY) === key) {
+    if (keptKey() === key) {
       const given = await askForKey(key !== null);
       signal?.throwIfAborted();
       if (given === null) throw new ServerError(t("needsKey"), 401);
-      sessionStorage.setItem(KEY, given);
+      keepKey(given);
     }
   }
 }

@@ -3,10 +3,11 @@
 import { generate, models as fetchModels, ServerError, setKeyQuestion, tokenize, USUAL_CONTINUATION } from "./api.js";
 import { ask, download, tell } from "./dialogs.js";
 import { el, icon } from "./dom.js";
+import { isAtEnd, isNarrow, listenToPanels, setSide, toEnd } from "./panels.js";
 import { requested, showFields } from "./sampling.js";
 import { readFiles, showList, titleOf } from "./sidebar.js";
 import * as store from "./store.js";
-import { number, setLanguage, t } from "./strings.js";
+import { number, sentence, setLanguage, t } from "./strings.js";
 import { grow, sends, Thread } from "./thread.js";
 
 const byId = (id) => document.getElementById(id);
@@ -31,7 +32,8 @@ const thread = new Thread(byId("thread"), {
   },
   prompt: async (index) => {
     const message = current.messages[index];
-    return message.promptTokens ?? (await tokenize(promptOf(current, index, message.model ?? modelOf(current)?.id))).prompt;
+    const model = message.model ?? modelOf(current)?.id;
+    return message.promptTokens ?? (await tokenize(promptOf(current, index, model))).prompt;
   },
 });
 
@@ -46,12 +48,11 @@ function promptOf({ kind, messages, system }, index, model) {
   return { ...named, messages: system.trim() ? [{ role: "system", content: system }, ...said] : said };
 }
 
-// ---- Answers
-
 async function answer(conversation) {
   const { messages } = conversation;
   const model = modelOf(conversation);
-  const request = { ...promptOf(conversation, messages.length, model?.id), ...requested(conversation.sampling, model?.recommended) };
+  const drawn = requested(conversation.sampling, model?.recommended);
+  const request = { ...promptOf(conversation, messages.length, model?.id), ...drawn };
   const message = { role: "assistant", content: "", tokens: [], model: model?.id };
   const controller = new AbortController();
   messages.push(message);
@@ -61,10 +62,10 @@ async function answer(conversation) {
   if (conversation === current) showConversation(true);
   byId("spoken").textContent = t("writing");
   const redraw = throttled(() => {
-    if (conversation !== current || !writing.has(conversation.id)) return;
-    const isAtEnd = atEnd();
+    if (conversation !== current || writing.get(conversation.id) !== controller) return;
+    const stays = isAtEnd();
     thread.update(messages.indexOf(message), true);
-    if (isAtEnd) toEnd();
+    if (stays) toEnd();
   });
   try {
     if (conversation.kind === "text") await measurePrompt(request, message, controller.signal);
@@ -78,10 +79,10 @@ async function answer(conversation) {
   if (!conversations.includes(conversation)) return;
   if (messages.includes(message)) keep(conversation);
   if (conversation === current && !writing.has(conversation.id)) {
-    const isAtEnd = atEnd();
+    const stays = isAtEnd();
     const place = messages.indexOf(message);
     if (place >= 0) thread.update(place, false);
-    if (isAtEnd) toEnd();
+    if (stays) toEnd();
     showComposer();
     byId("spoken").textContent = message.error ?? t("done", { text: message.content.slice(0, 1000) });
   }
@@ -97,8 +98,7 @@ async function measurePrompt(request, message, signal) {
 }
 
 function sentenceOf({ message, retryAfter }) {
-  const sentence = /[.?!。？！…]$/.test(message) ? message : `${message}.`;
-  return retryAfter ? `${sentence} ${t("retryAfter", { count: retryAfter })}` : sentence;
+  return retryAfter ? `${sentence(message)} ${t("retryAfter", { count: retryAfter })}` : sentence(message);
 }
 
 // At most one call a frame. A hidden tab draws no frames, and needs none.
@@ -124,8 +124,6 @@ function send() {
   grow(field);
   answer(current);
 }
-
-// ---- Conversations
 
 function keep(conversation) {
   if (!conversations.includes(conversation)) conversations.push(conversation);
@@ -194,8 +192,6 @@ function showComposer() {
   byId("used").textContent = last && all ? t("used", { count: number(last), all: number(all) }) : "";
 }
 
-// ---- Models and settings
-
 async function refreshModels() {
   try {
     models = await fetchModels();
@@ -213,7 +209,8 @@ async function refreshModels() {
 function showModel() {
   const select = byId("model");
   const model = modelOf(current);
-  const label = (one) => (one.parent ? "↳ " : "") + (one.step === null ? one.id : t("modelStep", { name: one.id, step: number(one.step) }));
+  const stepped = (one) => (one.step === null ? one.id : t("modelStep", { name: one.id, step: number(one.step) }));
+  const label = (one) => (one.parent ? `↳ ${stepped(one)}` : stepped(one));
   const options = models.map((one) => `${one.id}\n${label(one)}`).join("\n");
   if (select.dataset.options !== options) {
     select.replaceChildren(...models.map((one) => el("option", { value: one.id }, label(one))));
@@ -223,11 +220,14 @@ function showModel() {
   if (model) select.value = model.id;
   const isText = current.kind === "text";
   byId("start").querySelector("h1").textContent = t(isText ? "greetingText" : "greeting");
-  byId("about").textContent = model ? t("context", { model: model.id, count: number(model.max_model_len) }) : modelProblem;
-  const notes = [...(model && !model.chat ? [t("textOnly")] : []), ...(model?.notes ?? [])];
+  byId("about").textContent =
+    model ? t("context", { model: model.id, count: number(model.max_model_len) }) : modelProblem;
+  const notes = [...(model && !model.chat ? [t("textOnly")] : []), ...(model?.notes ?? []).map(sentence)];
   byId("notes").replaceChildren(...notes.map((note) => el("li", {}, note)));
   byId("mode").hidden = !model?.chat;
-  for (const button of byId("mode").children) button.setAttribute("aria-pressed", String(button.value === current.kind));
+  for (const button of byId("mode").children) {
+    button.setAttribute("aria-pressed", String(button.value === current.kind));
+  }
 }
 
 let shownFields = "";
@@ -263,40 +263,6 @@ function drawTexts() {
   byId("language").value = choices.language ?? "";
 }
 
-// ---- Panels
-
-const isNarrow = () => matchMedia("(max-width: 60rem)").matches;
-
-// On a narrow screen, a panel lies over the page, and the rest is out of reach until it closes.
-function setPanel(panel, opener, isOpen) {
-  panel.classList.toggle("is-open", isOpen);
-  opener.setAttribute("aria-expanded", String(isOpen));
-  const isOver = isOpen && isNarrow();
-  byId("shade").hidden = !isOver;
-  for (const part of document.querySelectorAll("main, #side, #settings")) part.inert = isOver && part !== panel;
-  if (isOver) panel.querySelector("button").focus();
-  else if (panel.contains(document.activeElement)) opener.focus();
-}
-
-function setSide(isOpen) {
-  setPanel(byId("side"), byId("open-side"), isOpen);
-}
-
-function setOptions(isOpen) {
-  byId("settings").hidden = !isOpen;
-  setPanel(byId("settings"), byId("open-settings"), isOpen);
-}
-
-// ---- Scrolling
-
-const atEnd = () => byId("scroller").scrollHeight - byId("scroller").scrollTop - byId("scroller").clientHeight < 60;
-
-function toEnd() {
-  byId("scroller").scrollTop = byId("scroller").scrollHeight;
-}
-
-// ---- Start
-
 function listen() {
   const on = (id, event, work) => byId(id).addEventListener(event, work);
   const field = byId("message");
@@ -319,17 +285,6 @@ function listen() {
     setSide(false);
     field.focus();
   });
-  on("open-side", "click", () => setSide(true));
-  on("close-side", "click", () => setSide(false));
-  on("open-settings", "click", () => setOptions(byId("settings").hidden));
-  on("close-settings", "click", () => setOptions(false));
-  on("shade", "click", () => (setSide(false), setOptions(false)));
-  on("scroller", "scroll", () => {
-    const { scrollTop, scrollHeight, clientHeight } = byId("scroller");
-    byId("jump").hidden = scrollHeight - scrollTop - clientHeight < 200;
-    document.querySelector("main").classList.toggle("is-scrolled", scrollTop > 8);
-  });
-  on("jump", "click", toEnd);
   on("tokens", "click", () => {
     setChoice("isShowingTokens", !choices.isShowingTokens);
     byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
@@ -380,10 +335,6 @@ function listen() {
     found.forEach(keep);
     if (found.length) open(found[0]);
   });
-  document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
-    if (!byId("shade").hidden) (setSide(false), setOptions(false));
-  });
   window.addEventListener("storage", (event) => {
     if (!store.concernsConversations(event) || writing.size) return;
     conversations = store.loadConversations();
@@ -403,9 +354,12 @@ function start() {
   drawTexts();
   setTheme();
   setKeyQuestion((isRefused) =>
-    ask({ title: t("keyTitle"), text: t(isRefused ? "keyWrong" : "keyText"), confirm: t("ok"), value: "", type: "password" }));
+    ask({
+      title: t("keyTitle"), text: t(isRefused ? "keyWrong" : "keyText"), confirm: t("ok"), value: "", type: "password",
+    }));
   byId("tokens").setAttribute("aria-pressed", String(Boolean(choices.isShowingTokens)));
   listen();
+  listenToPanels();
   const last = conversations.find((one) => one.id === choices.open);
   if (last) open(last);
   else startNew();

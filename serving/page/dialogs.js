@@ -7,7 +7,8 @@ let last = Promise.resolve();
 
 /**
  * Ask in a dialog; questions wait for each other.
- * @param {Object} question title, text, confirm (the button); with `value`, a line of text is asked for, of the given `type`
+ * @param {Object} question title, text, confirm (the button); with `value`, a line of text is asked for,
+ *   of the given `type`
  * @returns {Promise<string|boolean|null>} the text, or true; null if cancelled
  */
 export function ask(question) {
@@ -18,7 +19,7 @@ export function ask(question) {
 function open({ title, text, confirm, value, type = "text", isDanger = false }) {
   return new Promise((resolve) => {
     let answer = null;
-    const input = value === undefined ? null : el("input", { type, name: "answer", "aria-label": title, autocomplete: "off" });
+    const input = value === undefined ? null : el("input", { type, "aria-label": title, autocomplete: "off" });
     if (input) input.value = value;
     const dialog = el("dialog", { "aria-labelledby": "dialog-title", onclose: () => {
       dialog.remove();
@@ -59,7 +60,8 @@ export function openMenu(button, entries) {
   const outside = (event) => {
     if (!menu.contains(event.target)) close();
   };
-  const menu = el("div.menu", { id: "menu", role: "menu", "aria-label": button.getAttribute("aria-label"), onkeydown: (event) => {
+  const label = button.getAttribute("aria-label");
+  const menu = el("div.menu", { id: "menu", role: "menu", "aria-label": label, onkeydown: (event) => {
     const items = [...menu.children];
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (step) items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();

@@ -28,7 +28,7 @@ const OUTLINES = {
   plus: "M12 5v14M5 12h14",
   more: "M5 12h.01M12 12h.01M19 12h.01",
   send: "M12 19V5M6 11l6-6 6 6",
-  stop: "M8 8h8v8H8z",
+  stop: "M7 7h10v10H7z",
   copy: "M9 9h10v11H9zM5 15V4h10",
   check: "M5 12.5l4.5 4.5L19 7.5",
   edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
@@ -54,8 +54,8 @@ export function icon(name) {
 
 /** Button that shows an icon and is called `label`. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  return el("button.icon-button", { type: "button", "aria-label": label, title: label, onclick, ...attributes },
-    icon(name));
+  const all = { type: "button", "aria-label": label, title: label, "data-icon": name, onclick, ...attributes };
+  return el("button.icon-button", all, icon(name));
 }
 
 /** Text on the clipboard. Browsers give pages that did not come over https or from this machine no clipboard. */

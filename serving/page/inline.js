@@ -13,9 +13,10 @@ const LONGEST_RUN = 6;
 const PLAIN = /(?:(?!https?:\/\/)[^\\`<*_~![\]\n])+/y;
 const AUTOLINK = /<(https?:\/\/[^\s<>]*|mailto:[^\s<>]*)>/iy;
 const MAIL = /<([\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8})>/y;
-const BARE = /https?:\/\/[^\s<>"`\\]+/iy;
-const TARGET =
-  /\([ \n]*(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))(?:[ \n]+(?:"[^"]*"|'[^']*'|\([^()]*\)))?[ \n]*\)/y;
+const BARE = /https?:\/\/[^\s<>"`\\，。、；：！？（）【】「」《》“”]+/iy;
+const ADDRESS = /<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*)/.source;
+const TITLE = /"[^"]*"|'[^']*'|\([^()]*\)/.source;
+const TARGET = new RegExp(`\\([ \\n]*(?:${ADDRESS})(?:[ \\n]+(?:${TITLE}))?[ \\n]*\\)`, "y");
 const ESCAPED = /[!-/:-@[-`{-~]/;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const WIDE = /[\u2E80-\u9FFF\uAC00-\uD7AF\uF900-\uFAFF\uFF00-\uFFEF]/;
@@ -137,7 +138,7 @@ function withoutTail(address) {
   for (;;) {
     const last = address[end - 1];
     const body = address.slice(0, end);
-    if (/[?!.,:;*_~'"。，、；：！？）】」]/.test(last)) end -= 1;
+    if (/[?!.,:;*_~']/.test(last)) end -= 1;
     else if (last === ")" && body.split(")").length > body.split("(").length) end -= 1;
     else return body;
     if (address.length - end > 20) return address;

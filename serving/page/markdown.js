@@ -1,5 +1,5 @@
-// Markdown of answers as elements: headings, lists, quotes, code, tables, paragraphs. After CommonMark and GitHub's tables;
-// without indented code, HTML and references, which answers of models seldom mean.
+// Markdown of answers as elements: headings, lists, quotes, code, tables, paragraphs. After CommonMark and GitHub's
+// tables; without indented code, HTML and references, which answers of models seldom mean.
 //
 //     text -> blocks (plain data, each with its own source) -> one element each
 //
@@ -188,7 +188,8 @@ function interrupts(lines, i, depth, isInList = false) {
   if (depth < DEEPEST && QUOTE.test(line)) return true;
   const item = depth < DEEPEST && ITEM.exec(line);
   // A line that happens to begin with a year is no list.
-  if (item && item[4].trim() && (isInList || !/\d/.test(item[2]) || Number.parseInt(item[2], 10) === 1)) return true;
+  const isFirst = item && item[4].trim() && (!/\d/.test(item[2]) || Number.parseInt(item[2], 10) === 1);
+  if (item && (isInList || isFirst)) return true;
   return isTable(lines, i);
 }
 
@@ -227,8 +228,8 @@ function render(block) {
 }
 
 function item(blocks, isLoose) {
-  const nodes = blocks.flatMap((block) => !isLoose && block.kind === "paragraph" ? inline(block.text) : [render(block)]);
-  return el("li", {}, ...nodes);
+  const isBare = (block) => !isLoose && block.kind === "paragraph";
+  return el("li", {}, ...blocks.flatMap((block) => (isBare(block) ? inline(block.text) : [render(block)])));
 }
 
 function table({ head, aligned, rows }) {

@@ -25,7 +25,8 @@ export function requested(sampling, recommended = {}) {
     if (Number.isFinite(value)) found[name] = value;
   }
   const stops = (sampling.stop ?? "").split("\n").filter((line) => line);
-  if (stops.length) found.stop = stops.map((line) => line.replace(/\\(n|t|\\)/g, (_, c) => ({ n: "\n", t: "\t" })[c] ?? c));
+  const spelt = { n: "\n", t: "\t", "\\": "\\" };
+  if (stops.length) found.stop = stops.map((line) => line.replace(/\\([nt\\])/g, (_, c) => spelt[c]));
   return found;
 }
 
@@ -44,16 +45,19 @@ export function showFields(container, sampling, recommended, isText, onChange) {
 
 function row([name, low, high, step, usual], sampling, recommended, isText, onChange) {
   const value = recommended[name] ?? usual;
-  const empty = value !== null ? number(value, String(value).split(".")[1]?.length ?? 0) : name === "seed" ? t("random") : t("usual");
+  const digits = String(value).split(".")[1]?.length ?? 0;
+  const empty = value !== null ? number(value, digits) : t(name === "seed" ? "random" : "usual");
   const problem = el("p.problem", { id: `problem-${name}`, role: "alert" });
   const input = el("input", {
-    id: `field-${name}`, type: "number", min: low, max: high, step, placeholder: empty, inputmode: step < 1 ? "decimal" : "numeric",
+    id: `field-${name}`, type: "number", min: low, max: high, step, placeholder: empty,
+    inputmode: step < 1 ? "decimal" : "numeric",
     "aria-describedby": `hint-${name} problem-${name}`,
     oninput: () => {
       const given = input.valueAsNumber;
       const isWrong = input.validity.badInput || given < low || given > high || (step === 1 && given % 1 !== 0);
       input.setAttribute("aria-invalid", String(isWrong));
-      problem.textContent = isWrong ? t("invalid", { name: t(name), low: number(low, low % 1 ? 2 : 0), high: number(high) }) : "";
+      const range = { name: t(name), low: number(low, low % 1 ? 2 : 0), high: number(high) };
+      problem.textContent = isWrong ? t("invalid", range) : "";
       if (isWrong) return;
       if (Number.isNaN(given)) delete sampling[name];
       else sampling[name] = given;
@@ -62,7 +66,8 @@ function row([name, low, high, step, usual], sampling, recommended, isText, onCh
   });
   if (name in sampling) input.value = sampling[name];
   const hint = name === "max_tokens" && isText ? t("max_tokensText", { count: USUAL_CONTINUATION }) : t(`${name}Hint`);
-  return el("div.field", {}, el("label", { for: input.id }, t(name)), input, el("p.quiet", { id: `hint-${name}` }, hint), problem);
+  return el("div.field", {}, el("label", { for: input.id }, t(name)), input,
+    el("p.quiet", { id: `hint-${name}` }, hint), problem);
 }
 
 function stopRow(sampling, onChange) {
@@ -75,5 +80,6 @@ function stopRow(sampling, onChange) {
     },
   });
   area.value = sampling.stop ?? "";
-  return el("div.field.is-wide", {}, el("label", { for: area.id }, t("stopTexts")), area, el("p.quiet", { id: "hint-stop" }, t("stopTextsHint")));
+  return el("div.field.is-wide", {}, el("label", { for: area.id }, t("stopTexts")), area,
+    el("p.quiet", { id: "hint-stop" }, t("stopTextsHint")));
 }

@@ -28,7 +28,8 @@ export function showList(conversations, currentId, actions) {
       { "aria-haspopup": "menu", "aria-expanded": "false" });
     return el("li", { "data-id": conversation.id },
       el("button.title", {
-        type: "button", title, dir: "auto", "aria-current": conversation.id === currentId ? "true" : null, onclick: () => actions.open(conversation.id),
+        type: "button", title, dir: "auto", "aria-current": conversation.id === currentId ? "true" : null,
+        onclick: () => actions.open(conversation.id),
       }, title), more);
   }));
   if (focused) [...list.children].find((item) => item.dataset.id === focused)?.querySelector(".title").focus();
@@ -51,8 +52,8 @@ function entries(conversation, actions) {
     }],
     [t("exportJson"), () => download(`${file}.json`, exportJson([conversation]), "application/json")],
     [t("delete"), async () => {
-      const isSure = await ask({ title: t("deleteTitle", { title }), text: t("deleteText"), confirm: t("delete"), isDanger: true });
-      if (isSure) actions.remove(conversation.id);
+      const words = { title: t("deleteTitle", { title }), text: t("deleteText"), confirm: t("delete") };
+      if (await ask({ ...words, isDanger: true })) actions.remove(conversation.id);
     }],
   ];
 }

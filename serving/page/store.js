@@ -77,7 +77,11 @@ function dropTokens(except) {
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(CONVERSATION + id);
+  try {
+    localStorage.removeItem(CONVERSATION + id);
+  } catch {
+    // A browser that keeps nothing has nothing to delete.
+  }
 }
 
 /** Whether a change in another tab concerns conversations. */
@@ -115,7 +119,8 @@ export function importJson(text) {
 
 /** Conversation as Markdown. `names` gives what the roles are called. */
 export function exportMarkdown(conversation, names) {
-  const { title, kind, model, system, messages } = conversation;
+  const { title, kind, system, messages } = conversation;
+  const model = messages.findLast((message) => message.model)?.model;
   if (kind === "text") return messages.map((message) => message.content).join("");
   const parts = [`# ${title}`, ...(model ? [`*${model}*`] : []), ...(system ? [`## ${names.system}`, system] : [])];
   for (const { role, content } of messages) parts.push(`## ${names[role]}`, content);
@@ -137,7 +142,8 @@ function checked(value) {
       const tokens = Array.isArray(one.tokens) ? one.tokens.filter(isToken) : [];
       return { ...message, tokens };
     });
-  const sampling = Object.entries(Object(value.sampling)).filter(([, one]) => ["number", "string"].includes(typeof one));
+  const isPlain = ([, one]) => ["number", "string"].includes(typeof one);
+  const sampling = Object.entries(Object(value.sampling)).filter(isPlain);
   return newConversation({
     title: take(value, "title", "string", ""), isNamed: value.isNamed === true,
     created: finite(value, "created") ?? Date.now(), changed: finite(value, "changed") ?? Date.now(),
@@ -148,4 +154,5 @@ function checked(value) {
 
 const isToken = (token) => isScore(token) && Array.isArray(token[3]) && token[3].every(isScore);
 const isScore = (one) =>
-  Array.isArray(one) && typeof one[0] === "string" && [one[1], one[2]].every((value) => value === null || Number.isFinite(value));
+  Array.isArray(one) && typeof one[0] === "string" &&
+  [one[1], one[2]].every((value) => value === null || Number.isFinite(value));

@@ -31,7 +31,8 @@ export class Thread {
     const isUser = message.role === "user";
     const body = el("div.body", isUser ? {} : { "aria-busy": "false" });
     const foot = el("div.foot");
-    const element = el(`article.message.is-${message.role}`, { "aria-label": isUser ? t("you") : message.model ?? t("assistant") }, body, foot);
+    const label = isUser ? t("you") : message.model ?? t("assistant");
+    const element = el(`article.message.is-${message.role}`, { "aria-label": label }, body, foot);
     if (isUser) body.textContent = message.content;
     return { element, body, foot, index, isShowingTokens: null };
   }
@@ -60,7 +61,9 @@ export class Thread {
         this.update(index, false);
       }, { "aria-pressed": String(this.showsTokens(view)) }),
       this.promptButton(view));
-    view.foot.replaceChildren(...[problemOf(message, isLast && (() => this.actions.regenerate())), el("div.line", {}, buttons, facts), view.prompt].filter(Boolean));
+    const problem = problemOf(message, isLast && (() => this.actions.regenerate()));
+    const parts = [problem, el("div.line", {}, buttons, facts), view.prompt];
+    view.foot.replaceChildren(...parts.filter(Boolean));
   }
 
   showsTokens(view) {
@@ -84,7 +87,7 @@ export class Thread {
 
   copyButton(message) {
     const button = iconButton("copy", t("copy"), async () => {
-      if (!(await copyText(message.content))) return;
+      if (!(await copyText(this.textOf(message)))) return;
       button.replaceChildren(icon("check"));
       button.setAttribute("aria-label", t("copied"));
       setTimeout(() => {
@@ -93,6 +96,12 @@ export class Thread {
       }, 1500);
     });
     return button;
+  }
+
+  // Parts of a continued text are copied together.
+  textOf(message) {
+    const { kind, messages } = this.conversation;
+    return kind === "text" ? messages.map((one) => one.content).join("") : message.content;
   }
 
   editButton(view) {

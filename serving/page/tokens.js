@@ -1,5 +1,5 @@
-// An answer as the model made it: its tokens, coloured by probability, each with the five likeliest at its place; and the
-// prompt as the model sees it.
+// An answer as the model made it: its tokens, coloured by probability, each with the five likeliest at its place; and
+// the prompt as the model sees it.
 
 import { el } from "./dom.js";
 import { number, t } from "./strings.js";
@@ -23,7 +23,8 @@ export function showTokens(container, tokens) {
   let list = container.querySelector(".tokens");
   if (!list || container.shownTokens !== tokens) {
     list = el("div.tokens", { role: "listbox", "aria-label": t("tokenList") });
-    const legend = el("div.legend", { "aria-hidden": "true" }, el("span", {}, t("likely")), el("i"), el("span", {}, t("surprising")));
+    const ends = [el("span", {}, t("likely")), el("i"), el("span", {}, t("surprising"))];
+    const legend = el("div.legend", { "aria-hidden": "true" }, ...ends);
     container.replaceChildren(...(tokens.length ? [list, legend] : [el("p.quiet", {}, t("noTokens"))]));
     container.shownTokens = tokens;
     listen(list, tokens);
@@ -31,7 +32,8 @@ export function showTokens(container, tokens) {
   for (let i = list.childElementCount; i < tokens.length; i += 1) {
     const [text, , logprob] = tokens[i];
     const token = el("span.token", {
-      role: "option", tabindex: i ? "-1" : "0", "aria-label": t("tokenLabel", { token: visible(text), percent: percent(logprob) }),
+      role: "option", tabindex: i ? "-1" : "0",
+      "aria-label": t("tokenLabel", { token: visible(text), percent: percent(logprob) }),
     }, text.replace(/\n/g, "↵\n"));
     token.style.setProperty("--surprise", logprob === null ? 0 : (1 - Math.exp(logprob)).toFixed(3));
     list.append(token);
@@ -113,7 +115,8 @@ export function closeCard() {
 /** Section that shows a prompt's tokens [{id, text, is_control}, ...]. */
 export function promptView(tokens) {
   const shown = tokens.map(({ id, text, is_control: isControl }) =>
-    el(isControl ? "span.piece.is-control" : "span.piece", { title: t("tokenId", { id }) }, text.replace(/\n/g, "↵\n")));
+    el(isControl ? "span.piece.is-control" : "span.piece", { title: t("tokenId", { id }) },
+      text.replace(/\n/g, "↵\n")));
   return el("section.prompt", { "aria-label": t("promptTitle") }, el("h4", {}, t("promptTitle")),
     el("pre", { tabindex: "0" }, ...shown), el("p.quiet", {}, t("promptCount", { count: number(tokens.length) })));
 }

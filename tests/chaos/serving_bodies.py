@@ -59,7 +59,8 @@ _TEXTS = (
     "\r\n" * 20, "\x1b[31m", "\u0085\u2028\u2029", "ﷺ" * 20, "a" * 3_000, " " * 3_000, "ab " * 40_000, "x" * 1_000_000,
     "漢" * 1_000_000, "<" * 2_000, "data: [DONE]\n\n", "\n\ndata: {}\n\n",
 )  # fmt: skip
-_BAD_BYTES = (b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\x80", b"\xe6\xbc", b"\xef\xbb\xbf", b"\x00")
+_BAD_BYTES = (b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\x80", b"\xe6\xbc", b"\xef\xbb\xbf",
+              b"\x00")  # fmt: skip
 _HEADERS: tuple[dict[str, str], ...] = (
     {"content-type": "text/plain"}, {"content-type": ""}, {"content-type": "application/json; charset=utf-16"},
     {"content-type": "multipart/form-data; boundary=x"}, {"content-type": "application/x-www-form-urlencoded"},
@@ -191,7 +192,8 @@ def _large(rng: random.Random, path: str, base: dict) -> Body:
     count = rng.choice((200, 3_000, 60_000))
     name, new = rng.choice([
         ("prompt", ["a"] * count), ("prompt", [1] * count), ("prompt", [[1]] * count), ("prompt", [[]]),
-        ("messages", [{"role": "user", "content": "a"}] * count), ("messages", [{"role": "user", "content": ""}] * count),
+        ("messages", [{"role": "user", "content": "a"}] * count),
+        ("messages", [{"role": "user", "content": ""}] * count),
         ("messages", [{"role": "user", "content": [{"type": "text", "text": ""}] * count}]), ("tokens", [3] * count),
         ("stop", ["a"] * count), ("stop", ["a" * count]), ("stop_token_ids", [5] * count), ("n", count),
         ("logit_bias", {str(one): 1 for one in range(count)}), ("num_beams", count), ("inputs", "a b " * count),
@@ -213,9 +215,9 @@ def _several(rng: random.Random, path: str, base: dict) -> Body:
 
 
 _ALL = (
-    b"", b" ", b"\n" * 99, b"null", b"true", b"1", b'"x"', b"[]", b"{}", b"{", b"}", b"[1,2", b'{"a"}', b'{"a":}', b"{,}",
-    b'{"a":1,}', b"{}{}", b"{} x", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), "{}".encode("utf-32"), b"a=1&b=2", b"<xml/>",
-    b"--x\r\n", b"\x00" * 64, b"\x1f\x8b\x08\x00", b"{" * 100_000, b"[" * 1_000_000, b'{"a":' * 100_000, b'"' * 7,
+    b"", b" ", b"\n" * 99, b"null", b"true", b"1", b'"x"', b"[]", b"{}", b"{", b"}", b"[1,2", b'{"a"}', b'{"a":}',
+    b"{,}", b'{"a":1,}', b"{}{}", b"{} x", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), "{}".encode("utf-32"), b"a=1&b=2",
+    b"<xml/>", b"--x\r\n", b"\x00" * 64, b"\x1f\x8b\x08\x00", b"{" * 100_000, b"[" * 1_000_000, b'{"a":' * 100_000, b'"' * 7,
     b"9" * 100_000, b" " * 5_000_000, b'{"messages":', b'{"prompt":"' + b"a" * 5_000_000 + b'"}',
     b'{"prompt":"' + b"a" * 4_000_000 + b'"}', b'{"messages":[' + b"{}," * 9_000 + b"{}]}", b"// {}", b"{'a': 1}",
 )  # fmt: skip

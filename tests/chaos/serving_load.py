@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from tests.chaos.serving_bodies import CHAT, COMPLETIONS, GENERATE, STREAM, bodies, problem
 from tests.served import BLOCK_GB, Answer, Left, Server, exchange, tiny_tokenizer, write_model
 
-_WORDS = "once upon a time the model said that 漢字 naïve 🙂 def return import self == [1, 2] \n\n  x = 3 # end".split(" ")
+_WORDS = ("once upon a time the model said that 漢字 naïve 🙂 def return import self == [1, 2] \n\n  x = 3 "
+          "# end").split(" ")
 _OPENINGS = ("", "the quick brown fox jumps over the lazy dog and " * 2, "def answer(question):\n    return " * 2)
 """Beginnings that prompts share, so that blocks are shared, too."""
 _PATIENCE_S = 240.0
@@ -64,7 +65,7 @@ def requests_of(seed: int, count: int, sentence: str = "") -> list[Asked]:
         if rng.random() < _SHARE_BAD:
             bad = next(malformed)
             # What contradicts itself on the wire is another test's: tests/unit/test_serving_wire.py.
-            while any(name in ("content-length", "expect", "host") for name in bad.headers) or "\xff" in str(bad.headers):
+            while {"content-length", "expect", "host"} & bad.headers.keys() or "\xff" in "".join(bad.headers.values()):
                 bad = next(malformed)
             found.append(Asked(number, bad.path, bad.content, dict(bad.headers), is_bad=True))
             continue

@@ -2,15 +2,22 @@
 
 import contextlib
 import io
+import json
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 import generate
 from model import Decoder, ModelConfig, hf
 from model.config import padded_vocab_size
-from serving.lockstep import Lockstep, Request
+from serving.lockstep import Lockstep
+from serving.plan import Part, StepPlan
 from tests.adapter_folders import make_adapter
 from tests.dist.group import run_ranks, use_new_port
 from tests.peers import peer
@@ -22,6 +29,7 @@ from utils.files import atomic_write_json
 peer("peft")
 pytest.importorskip("transformers")
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 GREEDY = ["--temperature=0", "--max_new_tokens=8"]
 MESHES = {"tensor": ["--tensor_model_parallel_size=2"], "pipe": ["--pipeline_model_parallel_size=2"]}
 TALK = "hello\nand you?\n/reset\nhello\n"
@@ -95,21 +103,82 @@ def test_several_processes_are_refused_where_there_is_one(folder: Path):
     assert code == 2 and "1 process cannot share" in told and "torchrun --nproc_per_node=2" in told
 
 
-def test_a_text_that_is_given_up_ends_on_all_ranks():
-    """The ranks take turns here: what the first one passes on, the other one takes."""
+class Recorder:
+    """Replaces a runner: remembers what it runs."""
+
+    def __init__(self, fails_at: int = -1):
+        self.plans: list[StepPlan] = []
+        self._fails_at = fails_at
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        self.plans.append(plan)
+        if len(self.plans) == self._fails_at:
+            raise MemoryError
+        return torch.zeros(1)
+
+
+def test_the_others_run_the_first_ones_plans():
+    """The ranks take turns here: what the first one passes on, as JSON, the other one takes."""
+    passed: list[str] = []
+    plans = [StepPlan([Part([1, 2], 0, [4], 0), Part([3], 7, [5, 6], 1)], [(4, 9)]), StepPlan([], [], "sql")]
+    first, other = Recorder(), Recorder()
+    ours = Lockstep(first, lambda value: passed.append(json.dumps(value)) or value)
+    for plan in plans:
+        ours.run(plan)
+    ours.end()
+    Lockstep(other, lambda value: json.loads(passed.pop(0))).follow()
+    assert first.plans == other.plans == plans and not passed
+    assert all(type(part) is Part for plan in other.plans for part in plan.parts)
+
+
+def test_a_step_that_failed_is_the_last_one():
+    """The others are in the middle of it. They must neither be sent another plan nor be told to end: whatever comes,
+    they would take it for a part of a sum."""
     passed: list = []
+    ours = Lockstep(Recorder(fails_at=2), lambda value: passed.append(value))
+    ours.run(StepPlan([], []))
+    with pytest.raises(MemoryError):
+        ours.run(StepPlan([], []))
+    with pytest.raises(RuntimeError, match="start them anew"):
+        ours.run(StepPlan([], []))
+    ours.end()
+    assert len(passed) == 2
 
-    def generate_from(request: Request, agree) -> object:
-        for token in range(request.max_new_tokens):
-            yield agree(token)
 
-    first = Lockstep(generate_from, lambda value: passed.append(value) or value)
-    text = first.ask(Request([1], 9, []))
-    assert [next(text), next(text)] == [0, 1]
-    text.close()
-    assert list(first.ask(Request([2], 2, []))) == [0, 1]
-    first.end()
-    assert passed == [[[1], 9, []], 0, 1, -1, [[2], 2, []], 0, 1, None]
-    other = Lockstep(generate_from, lambda value: passed.pop(0))
-    other.follow()
-    assert not passed
+def kill_the_other(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    """It is killed between two questions: the first rank finds out when it asks for the next pass."""
+    ranks[1].kill()
+    talk.stdin.write(b"and you?\n")
+
+
+def leave_the_pipe(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    talk.stdout.close()
+    talk.stdin.write(b"hello\n" * 9)
+
+
+def interrupt_the_first(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    """As at a prompt, where it ends the talk."""
+    ranks[0].send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "fault", [kill_the_other, pytest.param(leave_the_pipe, marks=pytest.mark.soak),
+              pytest.param(interrupt_the_first, marks=pytest.mark.soak)],
+)  # fmt: skip
+def test_all_ranks_end_when_one_does(folder: Path, fault: Callable):
+    command = [sys.executable, "-m", "parallel.launch", "--nproc_per_node=2", "generate.py", f"--model={folder}",
+               "--device=cpu", "--dtype=float32", "--chat", *GREEDY, *MESHES["tensor"]]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as talk:
+        try:
+            talk.stdin.write(b"hello\n")
+            assert talk.stdout.read(1)
+            ranks = [one for one in psutil.Process(talk.pid).children(recursive=True) if "generate.py" in one.cmdline()]
+            ranks.sort(key=lambda one: int(one.environ()["RANK"]))
+            assert len(ranks) == 2
+            with contextlib.suppress(BrokenPipeError):
+                fault(talk, ranks)
+            code = talk.wait(60)
+            assert (code == 0) == (fault is interrupt_the_first)
+            assert not psutil.wait_procs(ranks, 10)[1]
+        finally:
+            talk.kill()

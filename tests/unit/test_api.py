@@ -12,10 +12,13 @@ import pytest
 pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
 pytest.importorskip("prometheus_client", reason="needs requirements-serve.txt")
 
-from serving import openai_api, tgi_api
+from serving import openai_fields as fields
+from serving import tgi_api
+from serving.answers import Choice
 from serving.api import new_app
 from serving.catalog import Catalog, Offer
 from serving.limits import Hosts, Keys, Limits, read_keys
+from serving.requests import Piece
 from serving.service import Generation, Service
 from tests.asgi import Client, Reply
 from tests.fake_engine import FakeEngine
@@ -151,16 +154,16 @@ def test_fields_reach_the_engine(place: Place, path: str, more: dict, check: Cal
 def test_every_field_of_the_tables_is_tried():
     """A field that somebody adds to a table needs a case above."""
     alone = {"messages", "prompt", "stream", "stream_options", "show_prompt"}
-    for path, fields in ((CHAT, openai_api.CHAT_FIELDS), (COMPLETIONS, openai_api.COMPLETION_FIELDS)):
+    for path, table in ((CHAT, fields.CHAT_FIELDS), (COMPLETIONS, fields.COMPLETION_FIELDS)):
         tried = {name for each, more, _ in FIELDS if each == path for name in more}
-        assert not fields.keys() - tried - alone
+        assert not table.keys() - tried - alone
     documented = {
         "audio", "function_call", "functions", "metadata", "modalities", "moderation", "parallel_tool_calls",
         "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort",
         "response_format", "safety_identifier", "service_tier", "store", "tool_choice", "tools", "verbosity",
         "web_search_options",
     }  # fmt: skip
-    assert documented <= openai_api.CHAT_OFF.keys() and "suffix" in openai_api.COMPLETION_OFF
+    assert documented <= fields.CHAT_OFF.keys() and "suffix" in fields.COMPLETION_OFF
 
 
 def test_openai_documents_no_field_that_is_unknown_here():
@@ -168,14 +171,14 @@ def test_openai_documents_no_field_that_is_unknown_here():
     types = pytest.importorskip("openai.types.chat.completion_create_params")
     from openai.types import completion_create_params
 
-    for params, fields, off in (
-        (types.CompletionCreateParamsBase, openai_api.CHAT_FIELDS, openai_api.CHAT_OFF),
-        (completion_create_params.CompletionCreateParamsBase, openai_api.COMPLETION_FIELDS, openai_api.COMPLETION_OFF),
+    for params, table, off in (
+        (types.CompletionCreateParamsBase, fields.CHAT_FIELDS, fields.CHAT_OFF),
+        (completion_create_params.CompletionCreateParamsBase, fields.COMPLETION_FIELDS, fields.COMPLETION_OFF),
     ):
-        assert not set(params.__annotations__) - fields.keys() - off.keys()
+        assert not set(params.__annotations__) - table.keys() - off.keys()
 
 
-OFF = [(path, name, values) for path, off in ((CHAT, openai_api.CHAT_OFF), (COMPLETIONS, openai_api.COMPLETION_OFF))
+OFF = [(path, name, values) for path, off in ((CHAT, fields.CHAT_OFF), (COMPLETIONS, fields.COMPLETION_OFF))
        for name, values in off.items()]  # fmt: skip
 
 
@@ -199,7 +202,7 @@ WRONG_VALUES = [
     ({"n": 129}, "a request may ask for 128 texts at most, got 129"), ({"seed": 1 << 63}, "seed must be"),
     ({"seed": 0.5}, "seed must be"), ({"presence_penalty": 2.1}, "presence_penalty must be"),
     ({"frequency_penalty": [1]}, "frequency_penalty must be a number from -2 to 2, got a list"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be a number from 0.01 to 100"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be a number from 0.01"),
     ({"logit_bias": {"x": 1}}, "logit_bias must be an object whose keys are token ids"),
     ({"logit_bias": {"1": 101}}, "logit_bias must be an object whose values are numbers from -100 to 100"),
     ({"logit_bias": [1]}, "logit_bias must be an object"),
@@ -428,6 +431,17 @@ def test_a_prompt_can_be_scored_alone(place: Place):
     assert reply["usage"]["completion_tokens"] == 0
     # The context may be full then.
     assert place.post(COMPLETIONS, {"prompt": [1] * 128, "max_tokens": 0, "echo": True, "logprobs": 0}).status == 200
+
+
+def test_what_a_model_says_before_every_answer_is_left_out():
+    """The template writes it itself once the answer is part of the history."""
+    for lead, texts, told in (
+        ("\n", ["\n", "a", "\nb"], ["", "a", "\nb"]), ("\n\n", ["\n", "", "\na", "b"], ["", "", "a", "b"]),
+        ("\n\n", ["\n", "a"], ["", "\na"]), ("", ["a", "b"], ["a", "b"]), ("\n\n", ["\n"], ["\n"]),
+    ):  # fmt: skip
+        choice = Choice(0, 0, lead)
+        pieces = [Piece("x", 0, text, finish="stop" if n == len(texts) else None) for n, text in enumerate(texts, 1)]
+        assert [choice.add(piece) for piece in pieces] == told and choice.text == "".join(told)
 
 
 def test_no_logarithm_is_beyond_json(place: Place, monkeypatch: pytest.MonkeyPatch):
@@ -689,6 +703,7 @@ def test_a_fault_of_the_engine(new_place: Callable[..., Place]):
     for _ in range(2):
         refused(place.post(COMPLETIONS, CONTINUED), 500)
     refused(place.post(COMPLETIONS, CONTINUED), 503, "must be started again")
+    assert b'zero2all_choices_total{finish="error"} 4.0' in place.get("/metrics").body
     assert place.get("/health").status == 503
 
 

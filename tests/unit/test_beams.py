@@ -4,7 +4,7 @@ random numbers, and by beams."""
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,12 @@ from transformers.utils import ModelOutput
 from model import Decoder, KVCache, ModelConfig, hf
 from model.families import FAMILIES
 from serving.beams import BeamSearch, BeamText
-from serving.requests import Sampling
-from serving.sampling import RowState, sample, uniform, uniforms
+from serving.loading import Served, Speech
+from serving.requests import Request, Sampling
+from serving.rows import RowState, uniform, uniforms
+from serving.sampling import sample
+from tests.unit.test_engine import Shaken, check_empty, engine_of, gather
+from tokenizer import Tokenizer
 
 VOCAB, CONTEXT = 14, 48
 STOPS = (3, 7)
@@ -198,11 +202,60 @@ def test_beams(both: Both, same_numbers: Callable[[int], None], early_stopping: 
         found = both.generate(sampling, prompt, most, n)
         texts, beams = search(both.ours, sampling, prompt, most, n)
         assert [t.ids for t in texts] == [new_ids(s, len(prompt)) for s in found.sequences], sampling
-        assert [t.score for t in texts] == pytest.approx(found.sequences_scores.tolist(), rel=1e-4), sampling
+        assert [t.score for t in texts] == pytest.approx(found.sequences_scores.tolist(), rel=1e-4, abs=1e-5), sampling
         assert beams.num_new == len(found.scores)
         ends += [(t.has_stopped, beams.num_new < most and early_stopping != "never") for t in texts]
     # "never" rarely ends before the limit.
     assert {(True, early_stopping != "never"), (False, False)} <= set(ends)
+
+
+class Letters(Tokenizer):
+    """A tokenizer for a vocabulary that is too small for any: each token is a letter."""
+
+    vocab_size, special_ids, eod_id, fingerprint = VOCAB, {}, STOPS[0], ""
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
+        return [[ord(char) - ord("a") for char in text] for text in texts]
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return "".join(chr(ord("a") + token_id) for token_id in ids)
+
+    def token_byte_lengths(self) -> list[int]:
+        return [1] * VOCAB
+
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        raise NotImplementedError
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        raise NotImplementedError
+
+
+def test_the_engine(both: Both, same_numbers: Callable[[int], None]):
+    """All kinds of requests at once, in a cache of few small blocks: prefixes are found, and texts are interrupted at
+    any time."""
+    rng = random.Random(11)
+    requests, expected = [], {}
+    start = [i for i in rng.choices(range(VOCAB), k=12) if i not in STOPS]
+    for number in range(12):
+        most, prompt = rng.choice([3, 8, 12, 20]), start[: rng.randint(0, 10)] + a_prompt(rng)
+        more: dict[str, object] = {"max_new_tokens": most}
+        if number % 4 > 1:
+            more |= {"num_beams": rng.randint(2, 4), "early_stopping": rng.choice([True, False, "never"])}
+        sampling = drawn_options(rng, most, **more) if number % 2 else options_of(rng, most, temperature=0.0, **more)
+        n = rng.randint(1, sampling.num_beams)
+        requests.append(Request(str(number), tuple(prompt), sampling, n))
+        same_numbers(sampling.seed or 0)
+        found = both.generate(sampling, prompt, most, n)
+        for choice, sequence in enumerate(found.sequences):
+            expected[str(number), choice] = new_ids(sequence, len(prompt))
+    served = Served(both.ours, Speech(Letters(), frozenset(STOPS), {}))
+    engine = engine_of(served, 40, kind=Shaken, block_size=3)
+    said = gather(engine.run(requests))
+    assert {key: one.ids for key, one in said.items()} == expected
+    assert all(one.text == Letters().decode(one.ids) and not one.error for one in said.values())
+    stats = engine.stats()
+    assert stats.preemptions > 1 and stats.cached_tokens > 0
+    check_empty(engine)
 
 
 def test_scores_that_are_not_numbers():

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 import generate
+from data_preprocess.conversations import parse_record
 from model import Decoder, ModelConfig, hf
 from model.config import padded_vocab_size
-from serving import generation
 from serving.chat import Chat
+from serving.engine import Engine
+from serving.requests import Piece, Request, Sampling, TokenScore
+from serving.terminal import questions
 from tests.unit.test_tokenizer import training_texts
 from tokenizer import Tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
@@ -27,33 +30,56 @@ def tokenizer() -> Tokenizer:
 
 
 class Parrot:
-    """Replaces a model: gives prepared answers, and remembers the questions."""
+    """Replaces an engine: gives prepared answers, and remembers the questions."""
 
     def __init__(self, tokenizer: Tokenizer, *answers: str):
-        self.tokenizer, self.answers, self.prompts = tokenizer, list(answers), []
+        self.tokenizer, self.answers, self.prompts, self.seeds = tokenizer, list(answers), [], []
 
-    def __call__(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
-        self.prompts.append(self.tokenizer.decode(ids))
-        assert stop_ids == {self.tokenizer.special_ids["<|im_end|>"], self.tokenizer.eod_id}
-        yield from self.tokenizer.encode(self.answers.pop(0))[:max_new_tokens]
+    def __call__(self, request: Request) -> Iterator[Piece]:
+        self.prompts.append(self.tokenizer.decode(list(request.prompt_ids)))
+        self.seeds.append(request.sampling.seed)
+        assert request.sampling.stop_ids == {self.tokenizer.special_ids["<|im_end|>"], self.tokenizer.eod_id}
+        ids = self.tokenizer.encode(self.answers.pop(0))
+        most = request.sampling.max_new_tokens
+        for number, token_id in enumerate(ids[:most]):
+            is_last = number + 1 == min(most, len(ids))
+            finish = ("length" if len(ids) >= most else "stop") if is_last else None
+            yield Piece(request.id, 0, self.tokenizer.decode([token_id]), (TokenScore(token_id),), finish)
+
+
+def chat_with(parrot: Parrot, most: int, room: int, system: str = "", seed: int | None = None) -> Chat:
+    return Chat(parrot.tokenizer, parrot, Sampling(max_new_tokens=most, seed=seed), room, system)
 
 
 def test_history(tokenizer: Tokenizer):
-    parrot = Parrot(tokenizer, "one", "two 漢字", "three")
-    chat = Chat(tokenizer, parrot, 50, 1000, system="be brief")
-    assert "".join(chat.answer("1?")) == "one" and "".join(chat.answer("2?")) == "two 漢字"
-    said = [("system", "be brief"), ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two 漢字")]
+    parrot = Parrot(tokenizer, "one", "two or", "three")
+    chat = chat_with(parrot, 50, 1000, "be brief")
+    assert "".join(chat.answer("1?")) == "one" and "".join(chat.answer("2?")) == "two or"
+    said = [("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two or")]
     assert [(message.role, message.text) for message in chat.messages] == said
-    whole = ChatTemplate(tokenizer).prompt([Message(*turn) for turn in said[:4]])
+    whole = ChatTemplate(tokenizer).prompt([Message("system", "be brief"), *[Message(*turn) for turn in said[:3]]])
     assert parrot.prompts[1] == tokenizer.decode(whole)
     chat.reset()
     assert "".join(chat.answer("3?")) == "three"
     assert "1?" not in parrot.prompts[2] and "be brief" in parrot.prompts[2]
 
 
+def test_another_answer_takes_the_place_of_the_last_one(tokenizer: Tokenizer):
+    """The same prompt, and another seed; the next question finds the new answer."""
+    parrot = Parrot(tokenizer, "a", "b", "c", "d", "e")
+    chat = chat_with(parrot, 50, 1000, seed=7)
+    with pytest.raises(ValueError, match="nothing was asked yet"):
+        chat.again()
+    said = ["".join(answer) for answer in (chat.answer("1?"), chat.answer("2?"))]
+    said += ["".join(chat.again()), "".join(chat.again()), "".join(chat.answer("3?"))]
+    assert said == list("abcde")
+    assert parrot.prompts[1] == parrot.prompts[2] == parrot.prompts[3] and parrot.seeds == [7, 7, 8, 9, 7]
+    assert [message.text for message in chat.messages] == ["1?", "a", "2?", "d", "3?", "e"]
+
+
 def test_an_answer_that_was_cut_is_known(tokenizer: Tokenizer):
     most = len(tokenizer.encode("one two three four"))
-    chat = Chat(tokenizer, Parrot(tokenizer, "one two three four five six", "one", "one two three"), most, 1000)
+    chat = chat_with(Parrot(tokenizer, "one two three four five six", "one", "one two three"), most, 1000)
     cut = []
     for question in "abc":
         "".join(chat.answer(question))
@@ -62,30 +88,51 @@ def test_an_answer_that_was_cut_is_known(tokenizer: Tokenizer):
 
 
 def test_oldest_exchanges_are_forgotten(tokenizer: Tokenizer):
-    """Whole exchanges are forgotten, and never the system text; a question that is too long by itself is refused and
-    leaves no trace."""
+    """Whole exchanges are left out, and never the system text; a question that is too long by itself is refused and
+    leaves no trace. What was said can still be saved."""
     parrot = Parrot(tokenizer, *["answer"] * 6)
     room = len(ChatTemplate(tokenizer).prompt([Message("system", "s"), *[Message("user", "question 0")] * 3])) + 40
-    chat = Chat(tokenizer, parrot, 10, room, system="s")
+    chat, forgotten = chat_with(parrot, 10, room, "s"), []
     for number in range(6):
         "".join(chat.answer(f"question {number}"))
+        forgotten.append(chat.forgotten)
         prompt = parrot.prompts[-1]
         assert prompt.startswith("<|im_start|>system<|im_sep|>s<|im_end|><|im_start|>user<|im_sep|>question ")
         assert f"question {number}<|im_end|><|im_start|>assistant<|im_sep|>" in prompt
-        assert len(chat._template.prompt(chat.messages[:-1])) + 10 <= room
-    assert "question 0" not in parrot.prompts[-1] and "question 4" in parrot.prompts[-1]
+        assert len(tokenizer.encode(prompt)) > 0 and prompt.count("question ") == number + 1 - chat.forgotten // 2
+        seen = [Message("system", "s"), *chat.messages[chat.forgotten : -1]]
+        assert len(ChatTemplate(tokenizer).prompt(seen)) + 10 <= room
+    assert forgotten[0] == 0 < forgotten[-1] and forgotten == sorted(forgotten)
     before = list(chat.messages)
     with pytest.raises(ValueError, match="the question with the system text has .* tokens"):
         next(chat.answer("x" * 2 * room))
-    assert chat.messages == before
+    assert chat.messages == before and len(before) == 12
 
 
 def test_an_answer_that_is_broken_off_stays_as_far_as_it_went(tokenizer: Tokenizer):
-    chat = Chat(tokenizer, Parrot(tokenizer, "a b c d"), 50, 1000)
+    chat = chat_with(Parrot(tokenizer, "a b c d"), 50, 1000)
     answer = chat.answer("q")
     first = next(answer)
     answer.close()
     assert chat.messages[-1] == Message("assistant", first) and first in "a b c d"
+
+
+def test_a_saved_conversation_is_what_sft_reads(tokenizer: Tokenizer, tmp_path: Path):
+    chat = chat_with(Parrot(tokenizer, "one\n", "two", " ", "three"), 50, 1000, "be brief")
+    path = tmp_path / "talk.jsonl"
+    with pytest.raises(ValueError, match="nothing was said yet"):
+        chat.save(path)
+    for question in ("1?\n2?", "漢字", "3?"):
+        "".join(chat.answer(question))
+        chat.save(path)
+    record = parse_record(json.loads(path.read_text("utf-8")))
+    assert [len(line) > 9 for line in path.read_text("utf-8").splitlines()] == [True]
+    said = [("system", "be brief"), ("user", "1?\n2?"), ("assistant", "one\n"), ("user", "漢字"), ("assistant", "two")]
+    assert [(message.role, message.text) for message in record.messages] == said
+    chat.reset()
+    "".join(chat.answer("3?"))
+    with pytest.raises(ValueError, match="exists: give another name"):
+        chat.save(path)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +179,7 @@ def test_who_was_never_taught_to_answer(folder: Path, monkeypatch, capsys: pytes
     assert talk(untaught, monkeypatch, "/help\n/forget\nexit\nnever asked\n") == 0
     said = capsys.readouterr()
     assert said.err.count("may never have seen a conversation") == 1 and not said.out
-    assert "/forget is not a command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
+    assert "/forget is not a command: /help lists them" in said.err and said.err.count("/regenerate") == 1
 
 
 def test_a_question_that_is_too_long_does_not_end_the_talk(
@@ -174,22 +221,32 @@ def test_a_prompt_and_the_context(folder: Path, capsys: pytest.CaptureFixture[st
     assert len(out) > 40
     code, out, err = complete(folder, capsys, "--prompt=" + "漢" * 43)
     assert (code, out, err.count("\n")) == (2, "", 1) and "the prompt has 129 tokens" in err
-    # Half of the context is for the conversation.
-    code, _, err = complete(folder, capsys, "--chat", "--prompt=hello", "--max_new_tokens=65")
-    assert (code, err.count("\n")) == (0, 1) and "an answer has room for 64 of --max_new_tokens 65" in err
+    code, _, err = complete(folder, capsys, "--chat", "--prompt=hello", "--max_new_tokens=125")
+    assert (code, err.count("\n")) == (0, 1) and "tokens of prompt leave room for" in err
+
+
+def test_half_of_the_context_is_for_what_was_said(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    assert talk(folder, monkeypatch, "quit\n", "--max_new_tokens=65") == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "an answer has room for 64 of --max_new_tokens 65" in err
 
 
 def generated_tokens(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The tokens of each text that is generated from now on."""
-    said, original = [], generation.generate
+    said, step, submit = [], Engine.step, Engine.submit
 
-    def watched(*arguments: object) -> Iterator[int]:
+    def submitted(engine: Engine, request: Request) -> None:
         said.append([])
-        for token_id in original(*arguments):
-            said[-1].append(token_id)
-            yield token_id
+        submit(engine, request)
 
-    monkeypatch.setattr(generation, "generate", watched)
+    def watched(engine: Engine) -> list[Piece]:
+        pieces = step(engine)
+        for piece in pieces:
+            said[-1] += [token.id for token in piece.tokens]
+        return pieces
+
+    monkeypatch.setattr(Engine, "submit", submitted)
+    monkeypatch.setattr(Engine, "step", watched)
     return said
 
 
@@ -230,16 +287,53 @@ def test_a_text_begins_as_the_tokenizer_says(
             single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.special_ids[begin])]
         )
         library.save(str(tmp_path / "m" / "tokenizer.json"))
-    asked, original = [], generation.generate
+    asked, submit = [], Engine.submit
 
-    def watched(model: Decoder, ids: list[int], *rest: object) -> Iterator[int]:
-        asked.append(ids)
-        return original(model, ids, *rest)
+    def watched(engine: Engine, request: Request) -> None:
+        asked.append(list(request.prompt_ids))
+        submit(engine, request)
 
-    monkeypatch.setattr(generation, "generate", watched)
+    monkeypatch.setattr(Engine, "submit", watched)
     for how in ([], ["--chat"]):
         assert generate.main(["--ckpt", str(tmp_path / "m"), "--prompt=hello", "--max_new_tokens=2", *how]) == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
     talk = theirs.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
     assert asked == [theirs("hello")["input_ids"], talk["input_ids"]]
     assert (asked[0][0] == tokenizer.special_ids[begin]) == puts_one_in_front
+
+
+def read_all(monkeypatch: pytest.MonkeyPatch, entered: str) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(entered))
+    return list(questions(False))
+
+
+def test_questions_of_several_lines(monkeypatch: pytest.MonkeyPatch):
+    assert read_all(monkeypatch, "a\\\n b \\\nc\n\n/reset\n") == ["a\n b \nc", "/reset"]
+    assert read_all(monkeypatch, 'x\n"""\na\n\n  b\\\n"""\ny "" z\n') == ["x", "a\n\n  b\\", 'y "" z']
+    # The input ends in the middle of one.
+    assert read_all(monkeypatch, '"""\na\nb') == ["a\nb"] and read_all(monkeypatch, "a\\\n") == ["a"]
+
+
+def test_commands_of_a_talk(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Another answer takes the last one's place, which at temperature 0 is the same; the talk is saved once."""
+    monkeypatch.chdir(tmp_path)
+    entered = "/regenerate\n/save a\n/system\n/system Be\\\nbrief.\nhello\n/regenerate\n/save a\n/save\n/etc\n"
+    assert talk(folder, monkeypatch, f"{entered}/reset\n/save a\n/system none\nhello\n/save a\n") == 0
+    said = capsys.readouterr()
+    told = [line.removeprefix("generate: ") for line in said.err.splitlines()]
+    assert told == [
+        "nothing was asked yet", "nothing was said yet", "the model is told first: (nothing)",
+        "the model is told first: Be", "brief.", "2 messages are in a.jsonl, for --task_type=sft",
+        "/save needs the name of a file", "/etc is not a command: /help lists them", "nothing was said yet",
+        "the model is told first: (nothing)", "a.jsonl exists: give another name",
+    ]  # fmt: skip
+    record = parse_record(json.loads((tmp_path / "a.jsonl").read_text("utf-8")))
+    assert [message.role for message in record.messages] == ["system", "user", "assistant"]
+    first = record.messages[-1].text
+    assert said.out.startswith(f"{first}\n{first}\n") and (first + "\n") * 3 != said.out
+
+
+def test_a_talk_that_outgrows_the_context_says_so(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    assert talk(folder, monkeypatch, "hello hello hello\n" * 12) == 0
+    err = capsys.readouterr().err
+    assert "it no longer sees the first 2 messages" in err and "the first 4 messages" in err

@@ -5,15 +5,15 @@ import statistics
 from pathlib import Path
 
 import pytest
-import torch
 
 from demo import conversations, preferences
 from demo.functions import Function, asked_name, functions_of, is_asked_function, modules_of, parses
 from demo.preferences import pairs_of
-from demo.sampling import draw_all, sample_rows
+from demo.sampling import Answer, draw_all
 from demo.scores import Score, difference, score_of, verdict
 from model import Decoder, ModelConfig
-from serving.generation import Loaded, generate
+from serving.generation import generate
+from serving.loading import Served, Speech
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 
@@ -80,7 +80,7 @@ def test_held_out_functions_are_asked_for_and_never_trained_on(tmp_path: Path, m
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def served() -> Served:
     tokenizer = train_hf_bbpe(["def add(a, b):\n    return a + b\n"] * 9, 270, show_progress=False)
     config = ModelConfig(
         vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
@@ -88,34 +88,32 @@ def loaded() -> Loaded:
     ).resolve()  # fmt: skip
     model = Decoder(config)
     model.initialize(0)
-    return Loaded(model.eval(), tokenizer, frozenset())
+    return Served(model, Speech(tokenizer, frozenset([tokenizer.eod_id]), {}))
 
 
-def test_rows_drawn_together_are_those_drawn_alone(loaded: Loaded):
-    """Some rows end early and leave the batch."""
-    prompts = [[1 + row, 7, 9] for row in range(6)]
-    vocab_size = loaded.tokenizer.vocab_size
+def test_answers_drawn_together_are_those_drawn_alone(served: Served):
+    """Some end early. So cold that the likeliest token is always drawn."""
+    prompts = [[5] * (1 + number % 3) + [number] for number in range(8)]
 
     def alone(stop_ids: frozenset[int]) -> list[list[int]]:
-        return [list(generate(loaded.model, p, 12, stop_ids, 0.0, vocab_size=vocab_size)) for p in prompts]
+        return [list(generate(served.model, prompt, 12, stop_ids | served.stop_ids, 0.0,
+                              vocab_size=served.tokenizer.vocab_size)) for prompt in prompts]  # fmt: skip
 
     stop_ids = frozenset(row[at] for at, row in enumerate(alone(frozenset())[:4], 2))
     expected = alone(stop_ids)
     assert len({len(row) for row in expected}) > 2
-    # So cold that the most likely token is always drawn.
-    drawn = sample_rows(
-        loaded.model, torch.tensor(prompts), 12, stop_ids, 1e-5, torch.Generator().manual_seed(0), vocab_size
-    )
-    assert drawn == expected
+    drawn = draw_all(served, prompts, 2, 12, stop_ids, 1e-5, seed=1, rows=6)
+    assert drawn == [[Answer(served.tokenizer.decode(row), len(row), len(row) < 12)] * 2 for row in expected]
 
 
-def test_prompts_of_all_lengths_get_their_own_text_and_a_seed_repeats_it(loaded: Loaded):
+def test_a_seed_repeats_the_answers_on_any_number_of_cores(served: Served, monkeypatch: pytest.MonkeyPatch):
     prompts = [[5] * (1 + number % 3) + [number] for number in range(8)]
-    drawn = draw_all(loaded, prompts, 6, frozenset(), 1e-5, seed=1, rows=2)
-    vocab_size = loaded.tokenizer.vocab_size
-    assert drawn == [list(generate(loaded.model, p, 6, frozenset(), 0.0, vocab_size=vocab_size)) for p in prompts]
-    warm = [draw_all(loaded, prompts, 6, frozenset(), 2.0, seed=seed, rows=2) for seed in (1, 1, 2)]
-    assert warm[0] == warm[1] != warm[2]
+    drawn = []
+    for cores, seed in ((1, 1), (4, 1), (4, 2)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        drawn.append(draw_all(served, prompts, 2, 6, frozenset(), 2.0, seed=seed, rows=4))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({answer.text for answers in drawn[0] for answer in answers}) == 16
 
 
 def answer(tokens: int, good: bool) -> dict:

@@ -82,7 +82,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
     for line in [*blocks, *spans]:
         # A page's remark beside a command follows two blanks or a hash.
         line = re.split(r"\s{2,}|\s#", line.strip().removeprefix("$ "))[0]
-        for part in re.split(r"\s(?:&&|\|\||[|;&])(?:\s|$)", line):
+        for part in re.split(r"\s(?:&&|\|\||[|;&>])(?:\s|$)", line):
             try:
                 words = shlex.split(part)
             except ValueError:
@@ -285,7 +285,7 @@ def own_flags() -> set[str]:
     flags = {"--help"} | {f"--{prefix}{name}" for name in _FIELDS for prefix in ("", "no-")}
     for file in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")):
         if file.relative_to(ROOT).parts[0] not in ("out", "tests"):
-            flags |= set(re.findall(r'"(--[a-zA-Z]\w+)"', file.read_text(encoding="utf-8")))
+            flags |= set(re.findall(r'"(--[a-zA-Z]\w*)"', file.read_text(encoding="utf-8")))
     return flags
 
 

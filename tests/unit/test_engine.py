@@ -10,6 +10,7 @@ import torch
 
 from model import Decoder, ModelConfig
 from model.config import padded_vocab_size
+from serving import pool
 from serving.admission import EngineOptions
 from serving.beams import BeamSearch, BeamText
 from serving.engine import Engine
@@ -116,12 +117,13 @@ def check_empty(engine: Engine) -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_many_at_once_equal_one_at_a_time(served: Served, plain: bool):
     """Prompts in pieces, prefixes found, preemptions."""
-    prompts = prompts_of(24)
+    prompts = prompts_of(14 if plain else 24)
     lengths = [Sampling(temperature=0.0, max_new_tokens=most) for most in (None, 3, 12, 20)]
     requests = [Request(str(n), prompt, lengths[n % 4]) for n, prompt in enumerate(prompts)]
     expected = [alone(served, request.prompt_ids, request.sampling) for request in requests]
     for blocks, options in ((200, {}), (17, {}), (17, {"prefix_sharing": False}), (60, {"tokens_a_step": 500})):
-        engine = engine_of(served, blocks, plain, **options)
+        kind = Shaken if plain and blocks == 17 else Engine
+        engine = engine_of(served, blocks, plain, kind, **options)
         said = gather(engine.run(requests))
         assert [said[request.id, 0].ids for request in requests] == expected
         for request, ids in zip(requests, expected):
@@ -262,12 +264,12 @@ def test_beams(served: Served):
     """Among others, preempted and computed again, where texts share blocks that none may write."""
     options = [
         Sampling(temperature=0.0, max_new_tokens=18, num_beams=4),
-        Sampling(max_new_tokens=18, num_beams=3, seed=4, early_stopping=True),
+        Sampling(max_new_tokens=18, num_beams=3, seed=4, early_stopping=True, prompt_logprobs=1),
         Sampling(temperature=0.0, max_new_tokens=26, num_beams=2, length_penalty=2.0, early_stopping="never"),
     ]
     requests = [
         Request(f"{n} {k}", prompt, one, n=2)
-        for n, prompt in enumerate(prompts_of(4, 4, longest=15)) for k, one in enumerate(options)
+        for n, prompt in enumerate(prompts_of(3, 4, longest=15)) for k, one in enumerate(options)
     ]  # fmt: skip
     requests += [Request(f"{n}", prompt, GREEDY) for n, prompt in enumerate(prompts_of(8))]
     expected = {request.id: beams_alone(served, request.prompt_ids, request.sampling, 2)
@@ -276,6 +278,8 @@ def test_beams(served: Served):
         engine = engine_of(served, blocks, kind=kind, prefix_sharing=shares)
         said = gather(engine.run(requests))
         for request in requests:
+            told = request.sampling.prompt_logprobs is not None
+            assert [token.id for token in said[request.id, 0].prompt] == list(request.prompt_ids) * told
             if request.n == 1:
                 assert said[request.id, 0].ids == alone(served, request.prompt_ids)
                 continue
@@ -364,6 +368,22 @@ def test_refusals(served: Served):
                               ({"block_size": 0}, "block_size must be at least 1, got 0")):  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             engine_of(served, **options)
+
+
+def test_size_of_the_cache(served: Served, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of 4 tokens: 2 layers, keys and values of 2 heads of 8 numbers of 4 bytes."""
+    monkeypatch.setattr(pool, "_free_bytes", lambda device: 4_096_000)
+    for options, count in (({}, 1000), ({"leaves_room": True}, 500), ({"cache_gb": 0.0001}, 97),
+                           ({"cache_gb": 1.0}, 976562), ({"cache_tokens": 9}, 3),
+                           ({"max_running": 2}, 32)):  # fmt: skip
+        sizes = EngineOptions(block_size=4, **options)
+        where = torch.float32, torch.device("cpu")
+        assert pool.num_blocks_of(served.model.config, sizes, *where) == count, options
+    monkeypatch.setattr(pool, "_free_bytes", lambda device: 4000)
+    with pytest.raises(ValueError, match=r"0.000 GB are there for the cache.*cache_gb"):
+        engine_of(served, 0)
+    monkeypatch.undo()
+    assert 1 < engine_of(served, 0).stats().blocks <= 6 * CONTEXT // 4
 
 
 def test_without_a_limit_a_text_ends_where_the_cache_does(served: Served):

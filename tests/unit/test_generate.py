@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model import Decoder, ModelConfig
-from serving.chat import stream_text
 from serving.generation import generate, sample_token
+from serving.text import stream_text
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 

@@ -27,7 +27,8 @@ ALLOWED = {
     "parallel": {"checkpoint.named", "utils.balance", "utils.options"},
     "optimizer": {"checkpoint.named", "parallel.buffer", "parallel.contract", "utils.options"},
     "tasks": {"dataset", "model", "runs", "utils"},
-    "serving": {"checkpoint", "model", "parallel", "tokenizer", "utils"},
+    # One dtype for all commands: that of training.
+    "serving": {"checkpoint", "model", "optimizer.mixed_precision", "parallel", "tokenizer", "utils"},
     "evaluation": set(),
     "tokenizer": {"utils"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},

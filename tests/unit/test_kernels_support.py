@@ -70,4 +70,5 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path):
         "_swiglu_forward_kernel", "_swiglu_backward_kernel", "_cross_entropy_forward_kernel",
         "_cross_entropy_backward_kernel", "_cross_entropy_with_gradient_kernel", "_adamw_kernel",
         "_sum_of_squares_kernel", "_sum_kernel", "_lion_kernel", "_adamw8bit_kernel", "_lion8bit_kernel",
+        "_attend_part_kernel", "_add_parts_kernel",
     }  # fmt: skip

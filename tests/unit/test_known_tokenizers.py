@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from serving.chat import Chat, without_lead
+from serving.chat import Chat
+from serving.requests import Piece, Request, Sampling
+from serving.text import stream_text, without_lead
 from tests.unit import published_tokenizers as published
 from tests.unit.test_tokenizer import auto_tokenizer, english, random_text, refusal
 from tokenizer import Tokenizer, load_tokenizer
@@ -363,12 +365,13 @@ def test_the_text_before_an_answer_is_not_part_of_it(tmp_path: Path):
     tokenizer: Tokenizer = load_tokenizer(published.chatglm(tmp_path, 3))
     asked: list[list[int]] = []
 
-    def model(ids: list[int], most: int, stops: frozenset[int]) -> Iterator[int]:
-        asked.append(ids)
-        assert tokenizer.special_ids["<|user|>"] in stops
-        yield from encoded(tmp_path, "\n fine", {"<s>": 1})
+    def model(request: Request) -> Iterator[Piece]:
+        asked.append(list(request.prompt_ids))
+        assert tokenizer.special_ids["<|user|>"] in request.sampling.stop_ids
+        for text in stream_text(tokenizer, iter(encoded(tmp_path, "\n fine", {"<s>": 1}))):
+            yield Piece(request.id, 0, text)
 
-    chat = Chat(tokenizer, model, 20, 500)
+    chat = Chat(tokenizer, model, Sampling(max_new_tokens=20), 500)
     assert "".join(chat.answer("hello 你好")) == "fine"
     assert "".join(chat.answer("and\nyou?")) == "fine"
     assert asked[1] == ChatTemplate(tokenizer).prompt(TALK[:3])

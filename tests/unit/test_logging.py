@@ -179,7 +179,7 @@ def test_a_run_ends_with_where_everything_is(
     assert ending[2] == f"checkpoints: {newest}" + (f", {home}/ckpt/step-{best} (best)" if lowest else "")
     assert ending[3:] == [
         f"results: {home}/reslog.jsonl, log: {home}/train.log",
-        f'complete a text: python generate.py --ckpt {home} --prompt "..."',
+        f'complete a text: python generate.py --model {home} --prompt "..."',
         f"see its curves: python -m utils.resplot {home}",
     ]
     log = [line.partition(" rank 0 INFO ")[2] for line in (home / "train.log").read_text().splitlines()]
@@ -211,5 +211,5 @@ def test_the_summary_of_a_run_without_validation(tmp_path: Path):
     lines = list(summary_lines(ending))
     assert lines[0] == "finished at step 5 of 5: 1 step in 1:02:05, 1,234,567 tokens in the whole run"
     assert lines[1] == "loss: nan in validation at step 3"
-    assert f"talk to it: python generate.py --ckpt {tmp_path} --chat --load_in_4bit" in lines
+    assert f"talk to it: python generate.py --model {tmp_path} --chat --load_in_4bit" in lines
     assert not any(line.startswith(("checkpoints", "go on")) for line in lines)

@@ -98,7 +98,8 @@ def run(
 ) -> list[Tensor]:
     """Scores (T, V) of each text, computed piece by piece."""
     count = sum(-(-len(text) // size) for text in texts)
-    cache = PagedCache(model.config, count, size, next(model.parameters()).dtype, CPU)
+    parameter = next(model.parameters())
+    cache = PagedCache(model.config, count, size, parameter.dtype, parameter.device)
     free, blocks, found = places(count, seed), [[] for _ in texts], [[] for _ in texts]
     for step in schedule(texts, seed):
         segments, ids = [], []
@@ -107,7 +108,7 @@ def run(
                 blocks[number].append(next(free))
             segments.append(Segment(new, start + new, blocks[number]))
             ids += texts[number][start : start + new]
-        hidden = model(torch.tensor([ids]), cache=PagedStep(cache, segments))[0]
+        hidden = model(torch.tensor([ids], device=parameter.device), cache=PagedStep(cache, segments))[0]
         for (number, _, _), its in zip(step, hidden.split([new for _, _, new in step])):
             found[number].append(model.logits(its))
     return [torch.cat(rows) for rows in found]

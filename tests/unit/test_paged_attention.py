@@ -51,13 +51,13 @@ def by_formula(q_HD: Tensor, keys: Tensor, values: Tensor, text: Single, window:
 def test_against_the_formula(lengths: list[int], kv_heads: int, window: int, has_slopes: bool, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     slopes = alibi_slopes(HEADS) if has_slopes else None
-    for is_scattered in (False, True):
+    for is_scattered, exactly in ((False, False), (True, False), (False, True)):
         texts = texts_of(lengths, is_scattered)
         slots = (max(block for text in texts for block in text.blocks) + 1) * SIZE
         keys, values = torch.randn(2, kv_heads, slots, WIDTH, generator=generator).to(dtype)
         q_HND = torch.randn(HEADS, 2 * len(texts) + 1, WIDTH, generator=generator).to(dtype)
         found = torch.zeros_like(q_HND)
-        for group in groups_of(texts, q_HND.shape[1], SIZE, window, slopes, CPU):
+        for group in groups_of(texts, q_HND.shape[1], SIZE, window, slopes, CPU, exactly):
             out = attend_group(q_HND[:, group.rows_B].transpose(0, 1), keys, values, group, SIZE)
             found[:, group.rows_B] = out.transpose(0, 1)
         for text in texts:
@@ -87,8 +87,9 @@ def test_texts_of_alike_lengths_are_together():
     assert all(group.num_keys < 2 * min(its) or max(its) <= 4 for group, its in zip(groups, members))
 
 
+@pytest.mark.parametrize("num_texts", [1, 2])
 @pytest.mark.parametrize("num_new", [1, 2])
-def test_what_others_left_in_a_block_is_never_seen(num_new: int):
+def test_what_others_left_in_a_block_is_never_seen(num_new: int, num_texts: int):
     """Not even numbers that no mask hides."""
     config = ModelConfig(
         hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -101,9 +102,9 @@ def test_what_others_left_in_a_block_is_never_seen(num_new: int):
         cache.pool.fill_(left)
         outputs = []
         for end in range(num_new, 8 + num_new, num_new):
-            # Two texts, so that they are attended to together; the other is longer.
-            segments = [Segment(num_new, end, [5, 1, 7]), Segment(num_new, end, [2, 6, 3])]
-            outputs.append(model(ids[:, : 2 * num_new] + end, cache=PagedStep(cache, segments)))
+            # Alone, or attended to together.
+            segments = [Segment(num_new, end, [5, 1, 7]), Segment(num_new, end, [2, 6, 3])][:num_texts]
+            outputs.append(model(ids[:, : num_texts * num_new] + end, cache=PagedStep(cache, segments)))
         return torch.cat(outputs, dim=1)
 
     with torch.no_grad():

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from serving.requests import Sampling
-from serving.sampling import NO_TOKEN, RowState, adjust, check, filtered, sample, token_scores, uniform, uniforms
+from serving.rows import RowState, adjust, uniform, uniforms
+from serving.sampling import NO_TOKEN, check, filtered, sample, token_scores
 
 VOCAB = 60
 STOPS = frozenset({3, 7})
@@ -128,6 +129,7 @@ def test_large_vocabulary():
         for n, (token, state) in enumerate(zip(tokens, rows)):
             kept_V = filtered(scores_RV[n : n + 1], state.sampling)[0]
             assert token.id == by_formula(kept_V, state.sampling, uniform(7, n, 0)), (n, state.sampling)
+            assert sample(scores_RV[n : n + 1], [state]) == [token]
 
 
 def test_equal_scores():

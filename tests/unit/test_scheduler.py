@@ -90,9 +90,19 @@ class World:
         self.ended += 1
 
     def step(self) -> bool:
+        before = list(self.scheduler.running)
+        ready = [unit for unit in before if unit.is_ready]
         planned = self.scheduler.plan()
         if planned is None:
             return False
+        preempted = [unit for unit in before if unit in self.scheduler.waiting]
+        if preempted:
+            first = min(unit.arrival for unit in preempted)
+            assert all(unit.arrival < first for unit in self.scheduler.running), "the latest gives up its blocks"
+        has_part = {owner.unit for owner in planned.owners}
+        for unit in ready:
+            is_others_turn = unit.adapter != planned.plan.adapter
+            assert unit in has_part or is_others_turn or unit in preempted, "who writes goes first"
         parts = planned.plan.parts
         assert sum(len(part.tokens) for part in parts) <= self.scheduler.tokens_a_step
         assert sum(unit.num_places for unit in self.scheduler.running) <= self.max_running
@@ -168,3 +178,82 @@ def test_random_lives(first: int):
         preemptions += world.scheduler.num_preemptions
         ended += world.ended
     assert preemptions > 20 and ended > 400
+
+
+def unit_of(number: int, prompt: list[int], most: int, adapter: str | None = None) -> Unit:
+    return Unit((number, 0), [Sequence(prompt)], len(prompt) + most, adapter=adapter)
+
+
+def advance(scheduler: Scheduler) -> Planned:
+    """A step, after which each text has a token more, or has ended."""
+    planned = scheduler.plan()
+    assert planned is not None
+    lasts = [owner for owner in planned.owners if owner.is_last]
+    scheduler.computed(planned)
+    for unit, sequence, _ in lasts:
+        sequence.tokens.append(1)
+        if len(sequence.tokens) == unit.limit:
+            scheduler.end(unit)
+    return planned
+
+
+def test_a_flood_of_short_requests_stops_nobody():
+    """A long one, one with a large prompt, one of another adapter, and each of the flood get their answers, about as
+    soon as if all came in order."""
+    draw, scheduler = random.Random(0), Scheduler(Blocks(40, 4), 8, 16, 4)
+    special = {10: unit_of(10, [5] * 8, 140), 50: unit_of(50, [6] * 150, 3), 90: unit_of(90, [7] * 9, 30, "other")}
+    arrived, ended_at = {}, {}
+    for step in range(700):
+        if step < 400 and (step in special or draw.random() < 0.2):
+            unit = special.get(step) or unit_of(step, [draw.randint(0, 9) for _ in range(8)], 24)
+            arrived[unit] = step
+            scheduler.add(unit)
+        if scheduler.running or scheduler.waiting:
+            advance(scheduler)
+        for unit in arrived:
+            if unit not in ended_at and unit not in scheduler.running and unit not in scheduler.waiting:
+                ended_at[unit] = step
+    assert ended_at.keys() == arrived.keys()
+    waits = {unit: ended_at[unit] - arrived[unit] for unit in arrived}
+    assert max(waits.values()) < 260 and scheduler.num_preemptions, (max(waits.values()), scheduler.num_preemptions)
+
+
+def test_a_long_prompt_does_not_hold_up_those_who_write():
+    scheduler = Scheduler(Blocks(100, 4), 4, 8, 8)
+    for number in range(3):
+        scheduler.add(unit_of(number, [number], 60))
+    advance(scheduler)
+    scheduler.add(unit_of(3, [9] * 100, 1))
+    for _ in range(20):
+        parts = advance(scheduler).plan.parts
+        assert [len(part.tokens) for part in parts] == [1, 1, 1, 5]
+    assert scheduler.running[-1].arrival == (2, 0)
+
+
+def test_blocks_that_are_being_computed_are_waited_for():
+    """Also if who computes them goes away."""
+    scheduler = Scheduler(Blocks(100, 4), 8, 10, 8)
+    begin = list(range(24))
+    units = [unit_of(number, [*begin, number], 2) for number in range(3)]
+    for unit in units:
+        scheduler.add(unit)
+    scheduler.add(unit_of(3, [50, 51], 5))
+    plans = [advance(scheduler).plan for _ in range(2)]
+    assert [[len(part.tokens) for part in plan.parts] for plan in plans] == [[10], [10]]
+    scheduler.end(units[0])
+    # The next one goes on where the first has stopped: 5 of 6 blocks are there.
+    plan = advance(scheduler).plan
+    assert [(part.start, len(part.tokens)) for part in plan.parts] == [(20, 5), (0, 2)]
+    plan = advance(scheduler).plan
+    assert [(part.start, len(part.tokens)) for part in plan.parts] == [(25, 1), (2, 1), (24, 1)]
+    while scheduler.running:
+        advance(scheduler)
+    assert not scheduler._coming and not scheduler.blocks.num_used
+
+
+def test_what_fits():
+    """Beams share the full blocks of their prompt; the last token of each need not be in the cache."""
+    scheduler = Scheduler(Blocks(10, 4), 8, 8, 8)
+    assert scheduler.fits(40, 41, 1) and not scheduler.fits(40, 42, 1) and not scheduler.fits(41, 41, 1)
+    assert scheduler.fits(9, 17, 3) and not scheduler.fits(9, 18, 3)
+    assert scheduler.fits(7, 17, 3) and not scheduler.fits(3, 17, 3)

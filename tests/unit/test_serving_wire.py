@@ -85,7 +85,7 @@ ODD = {
 HARMLESS = {"another version", "a folded header", "large headers"}
 """These may be served."""
 UNANSWERED = {"another protocol", "many headers"}
-"""These may be answered by closing the connection: nothing that is HTTP ever comes, or it is closed while more comes."""
+"""These may be answered by closing the connection: no HTTP ever comes, or it is closed while more comes."""
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -25,7 +25,7 @@ from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
 from dataset import show_mask
 from dataset.format import map_tokens, read_bin_header
-from serving.chat import stream_text
+from serving.text import stream_text
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, Tokenizer, load_tokenizer
 from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS
 from tokenizer.hf_bbpe import train_hf_bbpe

@@ -1,0 +1,74 @@
+"""The engine in the process of a command: opened by its flags, on one rank or several, and asked by one user."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from serving.requests import Piece, Request
+
+if TYPE_CHECKING:
+    pass
+
+
+class Asked(Protocol):
+    """What answers requests, one forward pass after the other; see serving/engine.py."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def step(self) -> list[Piece]: ...
+
+
+def pieces_of(engine: Asked, requests: Iterable[Request]) -> Iterator[Piece]:
+    """Pieces of all answers as they come. If the caller leaves early, the rest is cancelled.
+
+    Raises:
+        ValueError: a request can never be served.
+        KeyboardInterrupt: Ctrl-C, between two forward passes: within one, it would leave the cache half written, and
+            other ranks waiting. A second one is obeyed at once.
+    """
+    ids, is_between_steps = [], True
+    with _interruptions() as is_interrupted:
+        try:
+            for request in requests:
+                engine.submit(request)
+                ids.append(request.id)
+            while engine.has_work:
+                is_between_steps = False
+                pieces = engine.step()
+                is_between_steps = True
+                yield from pieces
+                if is_interrupted():
+                    raise KeyboardInterrupt
+        finally:
+            # After a step that failed, nobody knows what the engine holds.
+            if is_between_steps:
+                for request_id in ids:
+                    engine.cancel(request_id)
+                while engine.has_work:
+                    engine.step()
+
+
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Lets Ctrl-C set a flag, the first time. Elsewhere than in the main thread, Python does not allow it."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: object) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,90 @@
+"""A model and its engine, opened by the flags of a command: in one process, or on ranks that share the model."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model.config import ModelConfig
+from model.divided import Cutter
+from optimizer.mixed_precision import resolve_dtype
+from parallel.context import destroy_context
+from serving.engine import Engine, EngineOptions
+from serving.invariant import InvariantRunner
+from serving.loading import Served, load
+from serving.lockstep import Lockstep
+from serving.pool import num_blocks_of
+from serving.ranks import Ranks, open_ranks, require_ranks
+from serving.runner import Runner
+
+
+class Opened(NamedTuple):
+    """What answers requests."""
+
+    served: Served
+    engine: Engine
+
+
+@contextmanager
+def opened(args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions) -> Iterator[Opened | None]:
+    """Load the model of the flags (`add_model_flags`), ready to answer. Of several ranks, the first one gets it; the
+    others do their part until it has ended, and get None.
+
+    Raises:
+        ValueError: flags or files are wrong.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    sizes = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    shares_model = require_ranks(*sizes)
+    if shares_model and args.load_in_4bit:
+        raise ValueError("--load_in_4bit keeps matrices whole on every process: leave it out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
+    if not shares_model:
+        name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        served = _load(args, adapters, torch.device(name), None)
+        yield Opened(served, Engine(served, options))
+        return
+    ranks = open_ranks(*sizes, args.device)
+    try:
+        with _with_others(args, adapters, ranks, options) as own:
+            yield own
+    finally:
+        destroy_context(ranks.context)
+
+
+@contextmanager
+def _with_others(
+    args: argparse.Namespace, adapters: Mapping[str, Path], ranks: Ranks, options: EngineOptions
+) -> Iterator[Opened | None]:
+    """This rank's part of the model, and on rank 0 the engine. Collective."""
+    served = _load(args, adapters, ranks.context.device, ranks)
+    parameter = next(served.model.parameters())
+    own = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
+    # As many as the rank with the least memory can hold.
+    count = min(ranks.context.gather(own))
+    kind = InvariantRunner if options.batch_invariant else Runner
+    runner = kind(served, count, options.block_size, parameter.dtype, parameter.device)
+    lockstep = Lockstep(runner, ranks.of_first)
+    if not ranks.context.is_main:
+        lockstep.follow()
+        yield None
+        return
+    try:
+        yield Opened(served, Engine(served, replace(options, cache_tokens=count * options.block_size), lockstep))
+    finally:
+        lockstep.end()
+
+
+def _load(
+    args: argparse.Namespace, adapters: Mapping[str, Path], device: torch.device, ranks: Ranks | None
+) -> Served:
+    dtype = resolve_dtype(args.dtype, device)
+    new_cutter: Callable[[ModelConfig], Cutter] | None = None
+    if ranks is not None:
+        new_cutter = lambda shape: ranks.cutter(shape, dtype)  # noqa: E731
+    return load(Path(args.model), adapters, device, dtype, args.load_in_4bit, new_cutter)
