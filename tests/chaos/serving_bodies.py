@@ -217,8 +217,8 @@ def _several(rng: random.Random, path: str, base: dict) -> Body:
 _ALL = (
     b"", b" ", b"\n" * 99, b"null", b"true", b"1", b'"x"', b"[]", b"{}", b"{", b"}", b"[1,2", b'{"a"}', b'{"a":}',
     b"{,}", b'{"a":1,}', b"{}{}", b"{} x", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), "{}".encode("utf-32"), b"a=1&b=2",
-    b"<xml/>", b"--x\r\n", b"\x00" * 64, b"\x1f\x8b\x08\x00", b"{" * 100_000, b"[" * 1_000_000, b'{"a":' * 100_000, b'"' * 7,
-    b"9" * 100_000, b" " * 5_000_000, b'{"messages":', b'{"prompt":"' + b"a" * 5_000_000 + b'"}',
+    b"<xml/>", b"--x\r\n", b"\x00" * 64, b"\x1f\x8b\x08\x00", b"{" * 100_000, b"[" * 1_000_000, b'{"a":' * 100_000,
+    b'"' * 7, b"9" * 100_000, b" " * 5_000_000, b'{"messages":', b'{"prompt":"' + b"a" * 5_000_000 + b'"}',
     b'{"prompt":"' + b"a" * 4_000_000 + b'"}', b'{"messages":[' + b"{}," * 9_000 + b"{}]}", b"// {}", b"{'a': 1}",
 )  # fmt: skip
 """Bodies that are wrong as a whole."""
