@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+_START = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2])"
 _GRACE_S = 10.0
 """Time that the child may take beyond the program's, to start and to end it."""
 
@@ -60,8 +61,9 @@ def run(source: str, limits: Limits = Limits()) -> Outcome:
         # A user of its own cannot enter a directory that only its owner may.
         os.chmod(directory, 0o755)
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", _CHILD, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True, env={"PATH": os.defpath},
+            [sys.executable, "-I", "-S", "-B", "-c", _START, _CHILD, directory],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, env={"PATH": os.defpath},
         )  # fmt: skip
         try:
             told, error = child.communicate(asked.encode("utf-8", "surrogatepass"), limits.seconds + _GRACE_S)

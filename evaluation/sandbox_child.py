@@ -1,5 +1,4 @@
-"""The process that contains a program: see sandbox.py. Run by its path, with a directory; its standard input is a JSON
-object, and so is its standard output. Needs nothing but Python.
+"""The process that contains a program: sandbox.py starts it, by `main`. Needs nothing but Python.
 
     this process      new namespaces: users (unless root), mounts, network, IPC, host name, processes
       program         first process of its namespace: when it ends, the kernel ends all others there
@@ -149,6 +148,14 @@ def _reason(status: int | None, said: str) -> str:
 
 
 def main(directory: str) -> None:
+    """Run a program. What it is, and its limits, stand in a JSON object on standard input; how it ended, in one on
+    standard output.
+
+    Args:
+        directory: an empty one, which becomes the only place that can be written.
+    Raises:
+        OSError: the program cannot be contained here.
+    """
     asked = json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))
     user = _FIRST_USER + os.getpid()
     is_root = _enter_namespaces()
@@ -173,7 +180,3 @@ def main(directory: str) -> None:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _SAID))
         said = file.read().decode(errors="replace")
     json.dump({"passed": passed, "reason": "" if passed else _reason(status, said)}, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -120,7 +120,7 @@ def test_what_cannot_be_contained_is_not_run(monkeypatch: pytest.MonkeyPatch, tm
     from evaluation import sandbox
 
     child = tmp_path / "child.py"
-    child.write_text("raise OSError('unshare: Operation not permitted')")
+    child.write_text("def main(directory): raise OSError('unshare: Operation not permitted')")
     monkeypatch.setattr(sandbox, "_CHILD", child)
     with pytest.raises(ValueError, match=r"cannot contain a program \(OSError: unshare: Operation not permitted\)"):
         run("pass", LIMITS)

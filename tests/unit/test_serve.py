@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import http.client
 import json
+import logging
 import os
 import re
 import shutil
@@ -308,6 +309,8 @@ class Follows:
 
 
 def test_which_checkpoint_is_taken(folder: Path, run: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture):
+    # (serve.py tells more, and other tests run it in this process.)
+    caplog.set_level(logging.WARNING, "serving")
     faults: dict[str, Exception] = {}
 
     def load(path: Path) -> Generation:
