@@ -113,8 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         found = resolve_checkpoint_dir(Path(args.model))
         for path in adapters.values():
             resolve_checkpoint_dir(path)
-        from serving.api import Hosts, Keys
-        from serving.limits import read_keys
+        from serving.limits import Hosts, Keys, read_keys
         from serving.running import listening_socket
 
         if launched_rank() > 0:

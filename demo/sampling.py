@@ -36,7 +36,7 @@ def answer_all(
     Args:
         rows: answers that are drawn together.
     Raises:
-        ValueError: a question leaves no room for an answer.
+        ValueError: a question leaves no room for an answer, or the model's scores are not numbers.
     """
     template = template_of(served.tokenizer)
     prompts = [template.prompt([Message("user", question)]) for question in questions]
@@ -75,8 +75,10 @@ def _draw(served: Served, requests: Sequence[Request]) -> list[list[Answer]]:
     texts: dict[tuple[str, int], str] = {}
     counts: dict[tuple[str, int], int] = {}
     finishes = {}
-    engine = Engine(served, EngineOptions())
+    engine = Engine(served, EngineOptions(max_running=max(64, *(request.n for request in requests))))
     for piece in engine.run(requests):
+        if piece.finish == "error":
+            raise ValueError(piece.error)
         key = piece.request, piece.choice
         texts[key] = texts.get(key, "") + piece.text
         counts[key] = counts.get(key, 0) + len(piece.tokens)

@@ -99,14 +99,13 @@ class Generating(Response):
                                                 self._limits)
             )  # fmt: skip
             job.began = job.last_token_at = began
-            try:
-                async with AsyncExitStack() as stack:
-                    with self._in_time():
-                        async with asyncio.timeout_at(deadline):
-                            answer = await stack.enter_async_context(self._service.answer(generation, job.requests))
-                    await (self._stream if job.is_stream else self._whole)(job, answer, deadline, send)
-            finally:
-                self._count(job)
+            async with AsyncExitStack() as stack:
+                with self._in_time():
+                    async with asyncio.timeout_at(deadline):
+                        answer = await stack.enter_async_context(self._service.answer(generation, job.requests))
+                # From here on: a request that is refused has no times and no texts to count.
+                stack.callback(self._count, job)
+                await (self._stream if job.is_stream else self._whole)(job, answer, deadline, send)
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:

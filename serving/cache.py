@@ -142,11 +142,6 @@ class Blocks:
             self._release(block)
         table.blocks = []
 
-    def forget_all(self) -> None:
-        """Forget what can be found, for instance when the model's weights have changed."""
-        for block in list(self._known.values()):
-            self._forget(block)
-
     def _use(self, block: int) -> None:
         if not self.users[block]:
             self.num_free -= 1

@@ -168,7 +168,9 @@ class Engine:
         except Exception as error:
             # Whatever it is, those who wait must hear of it, and all others are still served.
             logger.exception("a step of the engine failed")
-            for unit in {owner.unit: None for owner in planned.owners}:
+            # All choices of a request end: those that have just got a unit of their own have no next token either.
+            answers = {id(answer): answer for owner in planned.owners if (answer := self._answers.get(owner.unit))}
+            for unit in [unit for answer in answers.values() for unit in answer.units]:
                 pieces += self._end(unit, "error", _failed(error))
         return pieces
 
@@ -189,10 +191,6 @@ class Engine:
             for request_id in begun:
                 self.cancel(request_id)
             self._outbox = [piece for piece in self._outbox if piece.request not in begun]
-
-    def forget_prefixes(self) -> None:
-        """Forget what texts that have ended left in the cache, since the model's weights have changed."""
-        self._blocks.forget_all()
 
     def stats(self) -> EngineStats:
         """What it does, and what it has done."""

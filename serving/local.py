@@ -1,15 +1,12 @@
-"""The engine in the process of a command: opened by its flags, on one rank or several, and asked by one user."""
+"""The engine in the process of a command, asked by one user, who may press Ctrl-C."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from serving.requests import Piece, Request
-
-if TYPE_CHECKING:
-    pass
 
 
 class Asked(Protocol):

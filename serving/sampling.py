@@ -23,6 +23,8 @@ from serving.rows import RowState, adjust, uniform
 NO_TOKEN = -1
 """Id in place of a token where the scores are not numbers, or none is above minus infinity."""
 _LARGEST_SEED = 1 << 63
+_MOST_CANDIDATES = 512
+"""Of one step of a beam search, those that the folder's own stop tokens add not counted."""
 _ROWS_AT_ONCE = 64
 """Rows of log-probabilities that are in memory at the same time."""
 _SCORES_AT_ONCE = 1 << 18
@@ -71,6 +73,10 @@ def check(sampling: Sampling, vocab_size: int, n: int = 1) -> None:
     require(one.early_stopping in (True, False, "never"), "early_stopping", 'be true, false or "never"')
     if one.num_beams > 1:
         require(n <= one.num_beams, "n", f"not exceed num_beams, which is {one.num_beams}", n)
+        # Each step compares, or draws one by one, num_beams candidates for each stop token: nobody else is served then.
+        most = max(_MOST_CANDIDATES // one.num_beams - 1, 8)
+        require(len(one.stop_ids) <= most, "stop_ids", f"be {most} at most with num_beams {one.num_beams}",
+                len(one.stop_ids))  # fmt: skip
         for is_asked, what in ((bool(one.stop), "stop texts"), (one.logprobs is not None, "logprobs")):
             if is_asked:
                 raise ValueError(f"{what} cannot be had with num_beams above 1: leave one of the two out")

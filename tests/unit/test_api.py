@@ -670,6 +670,9 @@ def test_a_full_queue(new_place: Callable[..., Place]):
     place.engine.gate.set()
     assert [one.wait().status for one in waiting] == [200, 200]
     assert place.post(COMPLETIONS, CONTINUED).status == 200 and place.service.open == 0
+    # Those that were refused have no time, or the quantiles of the times would say that the server is fast.
+    told = place.get("/metrics").body
+    assert b"zero2all_request_duration_seconds_count 3.0" in told and b'finish="cancelled"' not in told
 
 
 def test_the_time_of_an_answer(new_place: Callable[..., Place]):

@@ -217,6 +217,21 @@ def test_a_fault_ends_those_concerned_alone(served: Served, caplog: pytest.LogCa
     assert "out of memory" in caplog.text
 
 
+def test_a_fault_between_two_steps_ends_all_choices(served: Served, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(served, plain=True)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    requests = [Request(str(n), (5, 6, 7, n), GREEDY, n=2) for n in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.engine.sample", fail)
+        said = gather(engine.run(requests))
+    assert {key: one.finish for key, one in said.items()} == {(n, c): "error" for n in "01" for c in (0, 1)}
+    check_empty(engine)
+    assert gather(engine.run(requests))["1", 1].ids == alone(served, requests[1].prompt_ids)
+
+
 class Damaged(PlainRunner):
     """Gives no numbers where a sequence has a certain token."""
 

@@ -236,6 +236,7 @@ def test_log_probabilities_of_a_prompt():
         ({"num_beams": 0}, "num_beams must"), ({"length_penalty": math.inf}, "length_penalty must"),
         ({"early_stopping": "always"}, "early_stopping must"), ({"num_beams": 2, "stop": ("a",)}, "stop texts cannot"),
         ({"num_beams": 2, "logprobs": 0}, "logprobs cannot be had with num_beams"),
+        ({"num_beams": 32, "stop_ids": frozenset(range(16))}, "stop_ids must be 15 at most with num_beams 32, got 16"),
     ],
 )  # fmt: skip
 def test_refusals(changes: dict, sentence: str):

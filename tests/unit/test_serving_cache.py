@@ -40,7 +40,7 @@ def test_random_use(seed: int):
     known: dict[bytes, int] = {}
     for _ in range(400):
         table = draw.choice(list(tables)) if tables else None
-        what = draw.choice(["open", "grow", "grow", "fork", "own", "close", "know", "forget"])
+        what = draw.choice(["open", "grow", "grow", "fork", "own", "close", "know"])
         if what == "open":
             chain = keys_of([draw.randint(0, 1) for _ in range(5)], 1)
             shared = blocks.find(chain)
@@ -78,9 +78,6 @@ def test_random_use(seed: int):
             blocks.know(block, key)
             if blocks.shares_prefixes and key not in known and block not in known.values():
                 known[key] = block
-        elif what == "forget" and draw.random() < 0.1:
-            blocks.forget_all()
-            known = {}
         users = Counter(block for table in tables for block in table.blocks)
         assert blocks.users == [users[block] for block in range(blocks.count)]
         assert blocks.num_free == blocks.count - len(users) and blocks.num_used == len(users)
