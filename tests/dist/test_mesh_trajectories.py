@@ -165,7 +165,9 @@ def check_trajectory(run: list[str], expected: list[str], name: str, steps: int)
     if is_exact and kind not in ("lora", "lora dpo", "muon"):
         shapes = shapes_of(expected)
         assert relative_difference(gradients(run, shapes), gradients(expected, shapes)) < 1e-6
-    assert losses(run) == pytest.approx(losses(expected), rel=of_losses)
+    # This loss is a mean of numbers 1 - sigmoid(...) that goes towards 0: its rounding is that of 1.
+    rounding = 5e-7 if kind == "dpo kto_pair" else 0.0
+    assert losses(run) == pytest.approx(losses(expected), rel=of_losses, abs=rounding)
     # What the routers have counted is counted once.
     for ours, wanted in zip(records(run, "experts"), records(expected, "experts"), strict=True):
         assert all(ours[key] == pytest.approx(wanted[key], rel=1e-5) for key in COUNTED), (ours, wanted)
