@@ -161,7 +161,7 @@ class Chat:
         if path.exists() and path != self._saved:
             raise ValueError(f"{path} exists: give another name")
         if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it, or give another one")
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another")
         system = [Message("system", self.system)] if self.system else []
         record = {"messages": [{"role": one.role, "content": one.text} for one in [*system, *said]]}
         atomic_write(path, (json.dumps(record, ensure_ascii=False) + "\n").encode())
