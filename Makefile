@@ -26,7 +26,7 @@ help:
 setup: $(READY)
 
 $(READY): requirements.txt requirements-qlora.txt requirements-ssh.txt requirements-viewer.txt requirements-serve.txt \
-		requirements-dev.txt
+		requirements-eval.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "zero2all needs Python 3.11 or 3.12: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)

@@ -12,6 +12,7 @@
     profile/              traces, with --profile_steps
     tensorboard/, wandb/  results once more, on request; wandb names its folder itself
     activations.json      what each block recomputes, with --activation_budget_gb (training/recompute.py)
+    eval/step-N/          what evaluations found, and the model's answers   (evaluation/results.py)
     pipeline.json         what follows from measured times of a pipeline's units  (training/pipeline.py)
     monitor/              what belongs to the monitor                       (monitor/node.py)
     stop                  made by a user: the run saves and stops
@@ -39,6 +40,7 @@ MONITOR_DIR = "monitor"
 STOP_FILE = "stop"
 ACTIVATIONS_NAME = "activations.json"
 PIPELINE_NAME = "pipeline.json"
+EVAL_DIR = "eval"
 
 RANK_FILES = "rank-*.json"
 """Pattern of the ranks' files in `heartbeat` and `exit`."""
@@ -110,6 +112,10 @@ class RunPaths:
     @property
     def pipeline(self) -> Path:
         return self.root / PIPELINE_NAME
+
+    def eval_dir(self, step: int) -> Path:
+        """Where the evaluation of a step's checkpoint leaves what it found."""
+        return self.root / EVAL_DIR / f"step-{step}"
 
     @property
     def stop_file(self) -> Path:

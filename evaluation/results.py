@@ -1,0 +1,139 @@
+"""What an evaluation found: a folder with one file of figures, and the records of each task's samples.
+
+    results.json            Results, as JSON
+    samples-TASK.jsonl      one line a sample: what was asked, what was answered, how it counts
+    answers-*.jsonl         the model's answers, by which a killed evaluation goes on (journal.py)
+
+A run has such a folder for each evaluated step, `eval/step-N` (runs/layout.py).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS_NAME = "results.json"
+VERSION = 1
+
+
+class Figure(NamedTuple):
+    """A figure of a task."""
+
+    value: float
+    error: float | None
+    """Standard error of the mean over the samples; None: unknown."""
+    count: int
+    """Samples."""
+    higher_is_better: bool = True
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% confidence interval, by the normal distribution."""
+        if self.error is None or not math.isfinite(self.error):
+            return None
+        return self.value - 1.96 * self.error, self.value + 1.96 * self.error
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Figures of one task, and all that they depend on besides the model."""
+
+    name: str
+    figures: Mapping[str, Figure]
+    """By the metric's name, "acc" for instance; lm-eval's filters stand after a comma. The first is the main one."""
+    version: str = ""
+    """Of the task's definition."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """num_fewshot, limit, chat, seed ..., as far as they matter."""
+    data: str = ""
+    """Fingerprint of the data."""
+    seconds: float = 0.0
+    group: str = ""
+    """Name of the group or tag that it was asked for by, if any: "mmlu"."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Figures of one model."""
+
+    model: Mapping[str, Any]
+    """path, step, adapter, fingerprint, dtype, device."""
+    tasks: Mapping[str, TaskResult] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of packages and of Python."""
+    commands: tuple[str, ...] = ()
+    """Those that gave the figures, as one would type them."""
+
+
+def write_results(directory: Path, results: Results) -> Path:
+    """Write the figures, at once or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, new = directory / RESULTS_NAME, directory / f"{RESULTS_NAME}.tmp"
+    with new.open("w", encoding="utf-8") as file:
+        json.dump({"version": VERSION} | asdict(results), file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+    return path
+
+
+def read_results(directory: Path) -> Results:
+    """Figures of a folder.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: there is none, or it cannot be read.
+    """
+    path = directory / RESULTS_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("version") != VERSION:
+            raise ValueError
+        tasks = {
+            name: TaskResult(**{**task, "figures": {key: Figure(*figure) for key, figure in task["figures"].items()}})
+            for name, task in found.pop("tasks").items()
+        }
+        return Results(tasks=tasks, commands=tuple(found.pop("commands")), **found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} holds no results of this version: move it away, and evaluate again"
+        ) from None
+
+
+def samples_path(directory: Path, task: str) -> Path:
+    """Where the records of a task's samples lie. A task of a user may have any name."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+    return directory / f"samples-{safe}.jsonl"
+
+
+def write_samples(directory: Path, task: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write the records of a task's samples.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = samples_path(directory, task)
+    new = path.with_name(path.name + ".tmp")
+    with new.open("w", encoding="utf-8", errors="surrogatepass") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    new.rename(path)
+
+
+def mean_figure(values: Iterable[float], higher_is_better: bool = True) -> Figure:
+    """Mean of a value for each of several independent samples, with its standard error."""
+    found = list(values)
+    count = len(found)
+    mean = math.fsum(found) / count if count else math.nan
+    error = None
+    if count > 1:
+        error = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (count - 1) / count)
+    return Figure(mean, error, count, higher_is_better)

@@ -1,0 +1,71 @@
+"""Tasks by their names, run one after the other on a model that answers.
+
+    names -> own tasks (own/), which need nothing   -> Outcome, Outcome, ...
+          -> tasks of lm-eval (harness.py)
+
+evaluate_model.py and training both call `evaluate`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from evaluation.asking import Answerer
+from evaluation.own import TASKS
+from evaluation.task import Options, Outcome, OwnTask
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Tasks that were asked for by name."""
+
+    own: Sequence[OwnTask] = ()
+    others: Sequence[str] = ()
+    """Names for lm-eval."""
+
+
+def choose(names: Sequence[str]) -> Chosen:
+    """The tasks of these names; "zero" stands for all of our own.
+
+    Raises:
+        ValueError: none is named, or one of our own prefix is unknown.
+    """
+    if not names:
+        raise ValueError("no task is named: give --tasks=zero, or names of lm-eval such as hellaswag,gsm8k")
+    own: dict[str, OwnTask] = {}
+    others: list[str] = []
+    for name in names:
+        if name == "zero":
+            own |= TASKS
+        elif name in TASKS:
+            own[name] = TASKS[name]
+        elif name.startswith("zero_"):
+            raise ValueError(f"there is no task {name}: those without downloads are {', '.join(TASKS)}")
+        elif name not in others:
+            others.append(name)
+    return Chosen(list(own.values()), others)
+
+
+def evaluate(names: Sequence[str], answerer: Answerer, options: Options) -> Iterator[Outcome]:
+    """Run tasks, and yield each as it ends.
+
+    Raises:
+        ValueError: a task is unknown, its data are missing, or the model cannot be asked it. Whatever can be known
+            beforehand is found before the first task begins.
+    """
+    chosen = choose(names)
+    for task in chosen.own:
+        if task.needs_writing and not answerer.can_write:
+            raise ValueError(
+                f"{task.name} lets the model write, which a model that is cut over several ranks does not do while it "
+                f"trains: evaluate a checkpoint of it with evaluate_model.py"
+            )
+    prepared = None
+    if chosen.others:
+        # lm-eval is an extra, and slow to import.
+        from evaluation.harness import prepare
+
+        prepared = prepare(chosen.others, answerer, options)
+    for task in chosen.own:
+        yield task.run(answerer, options)
+    if prepared is not None:
+        yield from prepared.run()
