@@ -13,7 +13,8 @@ OURS = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))} | 
 
 # Options and their checks, beside the code that they configure: plain data without heavy imports.
 CONFIGS = {
-    f"{room}.config" for room in ("dataset", "model", "model.adapters", "optimizer", "parallel", "tasks", "training")
+    f"{room}.config"
+    for room in ("dataset", "evaluation", "model", "model.adapters", "optimizer", "parallel", "tasks", "training")
 }
 ALLOWED = {
     "utils": set(),
@@ -29,7 +30,18 @@ ALLOWED = {
     "tasks": {"dataset", "model", "runs", "utils"},
     # One dtype for all commands: that of training.
     "serving": {"checkpoint", "model", "optimizer.mixed_precision", "parallel", "tokenizer", "utils"},
-    "evaluation": set(),
+    "evaluation": {
+        "checkpoint",
+        "dataset",
+        "model",
+        "optimizer.mixed_precision",
+        "parallel",
+        "runs",
+        "serving",
+        "tasks",
+        "tokenizer",
+        "utils",
+    },  # fmt: skip
     "tokenizer": {"utils"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # Readers need no tokenizer, and layouts of conversations need only its messages.
@@ -41,6 +53,7 @@ ALLOWED = {
         "configurator",
         "data_preprocess",
         "dataset",
+        "evaluation",
         "model",
         "optimizer",
         "parallel",
