@@ -2,7 +2,7 @@
 // (https://spec.commonmark.org/0.31.2/#phase-2-inline-structure), with these differences:
 //   - HTML, entities and pictures are text or links: nothing is loaded, nothing is parsed as HTML;
 //   - only http(s) and mailto are links;
-//   - a line's end is a line's end, since models write verses and addresses;
+//   - a line's end is a line's end, and blanks at its beginning stay, since models write verses and addresses;
 //   - ** beside a Chinese, Japanese or Korean character opens and closes also at punctuation, as their writers expect.
 // All of it takes linear time and bounded depth, whatever a model writes.
 
@@ -38,7 +38,7 @@ export function safeAddress(address) {
 
 /** Nodes that show a text with its inline Markdown. */
 export function inline(text) {
-  return build(scan(text.trim()), false);
+  return build(scan(text.replace(/^\n+|[ \t\n]+$/g, "")), false);
 }
 
 // First pass: a list of pieces. A link takes the pieces between its brackets, before emphasis is looked for.
@@ -52,19 +52,26 @@ function scan(text) {
     if (last?.kind === "text") last.text += more;
     else pieces.push({ kind: "text", text: more });
   };
+  const indent = () => {
+    const from = i;
+    while (text[i] === " ") i += 1;
+    if (i > from) pieces.push({ kind: "indent", text: text.slice(from, i) });
+  };
+  indent();
   while (i < text.length) {
     const c = text[i];
     let found;
     if (c === "\\" && text[i + 1] === "\n") {
       pieces.push({ kind: "break" });
       i += 2;
+      indent();
     } else if (c === "\\" && ESCAPED.test(text[i + 1] ?? "")) {
       say(text[i + 1]);
       i += 2;
     } else if (c === "\n") {
       pieces.push({ kind: "break" });
       i += 1;
-      while (text[i] === " ") i += 1;
+      indent();
     } else if (c === "`") {
       const [code, length] = codeAt(text, i, without);
       if (code === null) say("`".repeat(length));
@@ -183,6 +190,7 @@ function build(pieces, isInLink) {
       if (piece.opens && frames.length < DEEPEST) frames.push({ run: { ...piece, count: left }, nodes: [] });
       else append(frames.at(-1).nodes, piece.mark.repeat(left));
     } else if (piece.kind === "break") top.push(el("br"));
+    else if (piece.kind === "indent") top.push(el("span.indent", {}, piece.text));
     else if (piece.kind === "code") top.push(el("code", {}, piece.text));
     else if (piece.kind === "address") top.push(isInLink ? piece.text : anchor(piece.address, [piece.text]));
     else if (piece.kind === "link") {

@@ -1,5 +1,6 @@
 // Markdown of answers as elements: headings, lists, quotes, code, tables, paragraphs. After CommonMark and GitHub's
-// tables; without indented code, HTML and references, which answers of models seldom mean.
+// tables; without indented code, HTML and references, which answers of models seldom mean. Two things are shown that
+// CommonMark loses: code that has no fence (unfenced.js), and how far a paragraph's lines are indented.
 //
 //     text -> blocks (plain data, each with its own source) -> one element each
 //
@@ -9,6 +10,7 @@
 import { copyText, el, iconButton } from "./dom.js";
 import { inline } from "./inline.js";
 import { t } from "./strings.js";
+import { codeEnd } from "./unfenced.js";
 
 const DEEPEST = 12;
 const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^`\n]*)$/;
@@ -50,6 +52,9 @@ function blockAt(lines, i, depth) {
   const line = untabbed(lines[i]);
   let found;
   if ((found = FENCE.exec(line))) return fenceAt(lines, i, found);
+  const end = codeEnd(lines, i);
+  // Before headings, since "# " begins a comment, too.
+  if (end > i) return [{ kind: "code", language: "", text: lines.slice(i, end).join("\n") }, end];
   if ((found = HEADING.exec(line))) return [{ kind: "heading", level: found[1].length, text: found[2] ?? "" }, i + 1];
   if (RULE.test(line)) return [{ kind: "rule" }, i + 1];
   if (depth < DEEPEST && QUOTE.test(line)) return quoteAt(lines, i, depth);
@@ -63,6 +68,8 @@ function untabbed(line) {
   return line.includes("\t") ? line.replace(/^[ \t]+/, (lead) => lead.replace(/\t/g, "    ")) : line;
 }
 
+// Not the wide blanks with which Chinese paragraphs begin: they stay.
+const blanks = (line) => /^[ \t]*/.exec(line)[0].length;
 const indent = (line) => line.length - line.trimStart().length;
 
 function fenceAt(lines, i, [, lead, fence, info]) {
@@ -190,7 +197,7 @@ function interrupts(lines, i, depth, isInList = false) {
   // A line that happens to begin with a year is no list.
   const isFirst = item && item[4].trim() && (!/\d/.test(item[2]) || Number.parseInt(item[2], 10) === 1);
   if (item && (isInList || isFirst)) return true;
-  return isTable(lines, i);
+  return isTable(lines, i) || codeEnd(lines, i) > i;
 }
 
 function paragraphAt(lines, i, depth) {
@@ -199,12 +206,17 @@ function paragraphAt(lines, i, depth) {
     const underline = UNDERLINE.exec(lines[end]);
     if (underline) {
       const level = underline[1][0] === "=" ? 1 : 2;
-      return [{ kind: "heading", level, text: lines.slice(i, end).join("\n") }, end + 1];
+      return [{ kind: "heading", level, text: lines.slice(i, end).map((one) => one.trimStart()).join("\n") }, end + 1];
     }
     if (interrupts(lines, end, depth)) break;
   }
-  const text = lines.slice(i, end).map((line) => line.trimStart()).join("\n");
-  return [{ kind: "paragraph", text }, end];
+  return [{ kind: "paragraph", text: asIndented(lines.slice(i, end).map(untabbed)) }, end];
+}
+
+// Verses and drawings live by how far their lines are indented beyond each other; a single blank means nothing.
+function asIndented(lines) {
+  const least = Math.min(...lines.map(blanks));
+  return lines.map((line) => line.slice(blanks(line) - least > 1 ? least : blanks(line))).join("\n");
 }
 
 function render(block) {
