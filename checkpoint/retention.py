@@ -20,6 +20,7 @@ from checkpoint.folder import (
     read_checkpoint,
     step_dir,
 )
+from utils.paths import names_in
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,11 @@ def _can_be_read(checkpoint: Path) -> bool:
 def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
     """Rename the checkpoints beyond `step`, which a resumed run leaves behind, to `abandoned-*`."""
     return [_set_aside(checkpoint.path) for checkpoint in list_checkpoints(ckpt_dir) if checkpoint.step > step]
+
+
+def abandoned(ckpt_dir: Path) -> list[str]:
+    """Names of the checkpoints that resumed runs left behind, as far as they still lie there."""
+    return sorted(name for name in names_in(ckpt_dir) if name.startswith(_ABANDONED))
 
 
 def _set_aside(path: Path) -> Path:

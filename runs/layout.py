@@ -13,6 +13,7 @@
     tensorboard/, wandb/  results once more, on request; wandb names its folder itself
     activations.json      what each block recomputes, with --activation_budget_gb (training/recompute.py)
     eval/step-N/          what evaluations found, and the model's answers   (evaluation/results.py)
+    report.md, report.html  the report card                                 (evaluation/report/)
     pipeline.json         what follows from measured times of a pipeline's units  (training/pipeline.py)
     monitor/              what belongs to the monitor                       (monitor/node.py)
     stop                  made by a user: the run saves and stops

@@ -3,7 +3,8 @@
 Every record has `name` and `time` (seconds since 1970). Those of a moment in the training have `step`, the number of
 completed optimizer steps. Numbers that JSON lacks are the strings "nan", "inf" and "-inf". By name:
 
-    start        a launch begins: version (of this format), attempt, step, samples_consumed, max_iters, world_size, ...
+    start        a launch begins: version (of this format), attempt, step, samples_consumed, max_iters, world_size,
+                 device, flops_per_token, commit, ...
     train        one logged step: loss, lr, grad_norm, tokens, tokens_per_sec, mfu, dt, data_wait, comm_wait, ...
     valid        a validation: loss, dt, ...
     sample       a text by the model at a validation: prompt, text
@@ -149,7 +150,7 @@ def standing_records(records: list[dict]) -> tuple[list[dict], int]:
     return kept, lowest
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
     """Lines without their newlines. A line that is too long is cut, but stays too long: it may have no end."""
     while line := file.readline(LONGEST_LINE + 2):
         yield line.removesuffix(b"\n")
@@ -157,9 +158,10 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             line = file.readline(LONGEST_LINE + 2)
 
 
-def _records(path: Path) -> Iterator[dict]:
+def all_records(path: Path) -> Iterator[dict]:
+    """The records of all launches, in the order of the file, superseded ones too. Torn lines are left out."""
     with open(path, "rb") as file:
-        for line in _lines(file):
+        for line in lines_of(file):
             if line and (record := parse_record(line)) is not None:
                 yield record
 
@@ -186,7 +188,7 @@ def newest_values(path: Path, metric: str) -> Iterator[float]:
 
 def count_launches(path: Path) -> int:
     """Number of start records in the log."""
-    return sum(record["name"] == "start" for record in _records(path))
+    return sum(record["name"] == "start" for record in all_records(path))
 
 
 def read_reslog(path: Path, names: Collection[str] | None = None) -> list[dict]:
@@ -197,7 +199,7 @@ def read_reslog(path: Path, names: Collection[str] | None = None) -> list[dict]:
     """
     found: list[dict] = []
     looked_through = 0
-    for record in _records(path):
+    for record in all_records(path):
         if names is None or record["name"] in names:
             found.append(record)
         elif record["name"] == "start":

@@ -53,6 +53,10 @@ class Flops:
     seed: float
     """FLOPs a token, by the original's formula."""
 
+    def record(self) -> dict[str, float | None]:
+        """For the log, so that a reader can tell what a run cost; None: unknown."""
+        return {"flops_per_token": self.strict, "peak_flops": self.peak if math.isfinite(self.peak) else None}
+
 
 def count_flops(built: Built) -> Flops:
     """Peak and FLOPs a token of this run. Collective; on a CPU, the peak is measured."""

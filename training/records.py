@@ -1,7 +1,11 @@
 """Files that a launch writes to the run directory before its first step: config.yaml and the start record."""
 
 import logging
+import platform
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from checkpoint.retention import abandon_later
 from configurator import changes_since, flatten, to_yaml
@@ -12,7 +16,9 @@ from training.build import Built
 from training.config import Config
 from training.data import order_of_samples
 from training.describe import Flops, count_flops, describe
+from utils import environment
 from utils.files import atomic_write
+from utils.machine import commit_of, cpu_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +40,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
         run_dir.saver.prune(step)
         exits.clear_gone_ranks(run_dir.paths.exit_dir, context.world_size)
-        _write_start(built, reslog)
+        _write_start(built, reslog, counted)
     return reslog, counted
 
 
@@ -46,7 +52,7 @@ def _open_sinks(config: Config, out_dir: Path, step: int) -> Sinks | None:
     return open_sinks(out_dir, step, run.tensorboard, run.wandb_project, run.wandb_mode, flatten(config))
 
 
-def _write_start(built: Built, reslog: ResLog | None) -> None:
+def _write_start(built: Built, reslog: ResLog | None, counted: Flops) -> None:
     config, run_dir, derived, progress = built.config, built.run_dir, built.derived, built.progress
     changed = changes_since(config, run_dir.paths.config) if run_dir.resumed_from else {}
     for name, (before, now) in changed.items():
@@ -77,4 +83,12 @@ def _write_start(built: Built, reslog: ResLog | None) -> None:
         task=config.run.task_type,
         packing=config.data.packing,
         changed=changed,
+        device=device_name(built.context.device),
+        **counted.record(),
+        versions={"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        commit=commit_of(environment.ROOT),
     )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

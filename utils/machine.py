@@ -1,7 +1,8 @@
-"""Properties of this machine."""
+"""Properties of this machine, and the program's version on it."""
 
 import ctypes
 import platform
+import re
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -30,3 +31,24 @@ def keep_freed_memory() -> bool:
     # Older versions accept no threshold above the default's limit.
     kept = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20))
     return bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)) and kept
+
+
+def commit_of(root: Path) -> str:
+    """The commit that a checkout by git is at, without the changes made since; empty if it is none. git itself need not
+    be there."""
+    try:
+        git = root / ".git"
+        if git.is_file():
+            # A further worktree: "gitdir: PATH", whose branches lie with the first one's.
+            git = root / git.read_text(encoding="utf-8").partition("gitdir: ")[2].strip()
+        shared = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        name = head.partition("ref: ")[2]
+        if name and (shared / name).exists():
+            head = (shared / name).read_text(encoding="utf-8").strip()
+        elif name:
+            packed = (shared / "packed-refs").read_text(encoding="utf-8").splitlines()
+            head = next((line.partition(" ")[0] for line in packed if line.endswith(f" {name}")), "")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return head if re.fullmatch("[0-9a-f]{40,64}", head) else ""

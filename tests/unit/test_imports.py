@@ -72,6 +72,9 @@ ALLOWED = {
 ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
+    "evaluation/report/commands.py": {"configurator", "training.config"},
+    "evaluation/report/curves.py": {"viewer.curves"},
+    "evaluation/report/faults.py": {"monitor.status"},
     "model/adapters/merge.py": {"checkpoint.choosing", "tokenizer", "utils"},
     "model/memory.py": {"checkpoint.choosing", "utils.environment", "utils.terminal"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
