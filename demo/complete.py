@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 
 from dataset.format import MANIFEST_NAME
-from demo.functions import modules_of, tree_of
-from demo.functions import parses as is_python
+from demo.functions import modules_of
 from demo.sampling import draw_all
 from demo.scores import Score
+from evaluation.python_source import cut_body, tree_of
+from evaluation.python_source import parses as is_python
 from optimizer.mixed_precision import resolve_dtype
 from serving.loading import Served, load
 from utils.paths import a_path
@@ -63,19 +64,6 @@ def held_out_headers(corpus_dir: Path, valid_ratio: float) -> Iterator[Header]:
                     yield Header(module, "".join(lines[:first]), header, node.col_offset)
 
 
-def cut_body(header: Header, completion: str, finished: bool) -> str:
-    """The function's body in a completion; see the module's docstring."""
-    lines = completion.splitlines(keepends=True)
-    if lines and not finished and not completion.endswith("\n"):
-        lines.pop()
-    body = []
-    for line in lines:
-        if line.strip() and len(line) - len(line.lstrip()) <= header.indent:
-            break
-        body.append(line)
-    return "".join(body)
-
-
 def function_source(header: Header, body: str) -> str:
     return textwrap.dedent(" " * header.indent + header.text.lstrip() + body)
 
@@ -91,7 +79,7 @@ def complete_all(served: Served, headers: list[Header], temperature: float, seed
     room = context - new_tokens - len(tokenizer.begin_ids)
     prompts = [tokenizer.begin_ids + tokenizer.encode(header.before + header.text)[-room:] for header in headers]
     drawn = draw_all(served, prompts, 1, new_tokens, frozenset(), temperature, seed, rows)
-    return [cut_body(header, answers[0].text, answers[0].ends) for header, answers in zip(headers, drawn)]
+    return [cut_body(answers[0].text, header.indent, answers[0].ends) for header, answers in zip(headers, drawn)]
 
 
 def main() -> int:

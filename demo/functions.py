@@ -3,12 +3,12 @@
 import ast
 import re
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_preprocess.shards import set_of
+from evaluation.python_source import parses, tree_of
 
 MOST_LINES = 8
 _MOST_CHARACTERS = 320
@@ -40,31 +40,6 @@ def asked_name(question: str) -> str:
     if match is None:
         raise ValueError(f"this question asks for no function: {question[:80]!r}")
     return match[1]
-
-
-def tree_of(source: str) -> ast.Module:
-    """Syntax tree of a module.
-
-    Raises:
-        SyntaxError, ValueError, RecursionError, MemoryError: the source is not Python. (ValueError: it holds a null
-            character; the last two: its brackets are nested too deeply.)
-    """
-    with warnings.catch_warnings():
-        # Warnings, such as of odd escapes, concern the authors and only clutter the screen.
-        warnings.simplefilter("ignore")
-        return ast.parse(source)
-
-
-def parses(source: str) -> bool:
-    """Whether Python compiles the source; nothing is run."""
-    try:
-        tree = tree_of(source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(tree, "<answer>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
 
 
 def is_asked_function(answer: str, name: str) -> bool:

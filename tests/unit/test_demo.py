@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from demo import conversations, preferences
-from demo.functions import Function, asked_name, functions_of, is_asked_function, modules_of, parses
+from demo.functions import Function, asked_name, functions_of, is_asked_function, modules_of
 from demo.preferences import pairs_of
 from demo.sampling import Answer, draw_all
 from demo.scores import Score, difference, score_of, verdict
+from evaluation.python_source import parses
 from model import Decoder, ModelConfig
 from serving.generation import generate
 from serving.loading import Served, Speech
