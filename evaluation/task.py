@@ -1,7 +1,7 @@
 """What a task of ours is, how it is run, and what it gives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +27,8 @@ class Options:
     """With `chat`: what the model is told first."""
     allow_code_execution: bool = False
     """Whether programs that the model wrote are run, in the sandbox."""
+    texts: Mapping[str, Path] = field(default_factory=dict)
+    """Name -> file or folder of a user's own texts, whose bits per byte zero_bits_per_byte gives as well."""
     seed: int = 1234
     """By which examples are chosen and answers drawn."""
 
@@ -45,7 +47,9 @@ class OwnTask(Protocol):
     name: str
     version: str
     needs_writing: bool
+    """Whether it says nothing of a model that cannot write. Others leave out the figures that need it."""
     runs_code: bool
+    """Whether it says nothing without `allow_code_execution`."""
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """
