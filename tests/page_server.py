@@ -30,7 +30,8 @@ class Reply:
         text: what is said, or its tokens.
         hold_after: tokens after which it waits for the server's `gate`; None: none.
         cut_after: tokens after which the connection breaks; None: never.
-        status: an HTTP status other than 200 refuses the request with `error`; with 200, `error` ends the stream.
+        status: an HTTP status other than 200 refuses the request with `error` and `code`; with 200, `error` ends the
+            stream.
         probability: of each token, by its number; the alternatives share the rest.
         others: alternatives of each token; None: made up.
     """
@@ -40,6 +41,7 @@ class Reply:
     cut_after: int | None = None
     status: int = 200
     error: str = ""
+    code: str | None = None
     finish: str = "stop"
     probability: Callable[[int], float] = lambda number: (0.97, 0.4, 0.8, 0.08)[number % 4]
     others: Callable[[str, int], list[tuple[str, float]]] | None = None
@@ -88,8 +90,8 @@ def prompt_tokens(body: dict[str, Any]) -> list[dict]:
     return found
 
 
-def problem(sentence: str) -> dict:
-    return {"error": {"message": sentence, "type": "invalid_request_error", "param": None, "code": None}}
+def problem(sentence: str, code: str | None = None) -> dict:
+    return {"error": {"message": sentence, "type": "invalid_request_error", "param": None, "code": code}}
 
 
 def model(name: str, chat: bool = True, **more: Any) -> dict:
@@ -172,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         reply = state.replies.popleft() if state.replies else Reply(f"You said: {said}")
         if reply.status != 200:
-            self._json(problem(reply.error), reply.status, reply.headers)
+            self._json(problem(reply.error, reply.code), reply.status, reply.headers)
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

@@ -10,10 +10,9 @@ export const ALTERNATIVES = 5;
 
 /** What the server says when it does not answer: a sentence for the user. */
 export class ServerError extends Error {
-  constructor(message, status, retryAfter) {
+  constructor(message, { status, retryAfter, code } = {}) {
     super(message);
-    this.status = status;
-    this.retryAfter = retryAfter;
+    Object.assign(this, { status, retryAfter, code });
   }
 }
 
@@ -42,7 +41,7 @@ function keepKey(key) {
   }
 }
 
-async function call(path, body, signal) {
+async function call(path, body, signal, mayAsk = true) {
   for (;;) {
     const key = keptKey();
     const headers = { ...(body && { "Content-Type": "application/json" }) };
@@ -59,26 +58,29 @@ async function call(path, body, signal) {
     if (response.status !== 401) throw await problemOf(response);
     // Another request may have brought a new key meanwhile.
     if (keptKey() === key) {
+      if (!mayAsk) throw new ServerError(t("needsKey"), { status: 401 });
       const given = await askForKey(key !== null);
       signal?.throwIfAborted();
-      if (given === null) throw new ServerError(t("needsKey"), 401);
+      if (given === null) throw new ServerError(t("needsKey"), { status: 401 });
       keepKey(given);
     }
   }
 }
 
 async function problemOf(response) {
-  const after = Number(response.headers.get("Retry-After")) || null;
+  const { status } = response;
+  const retryAfter = Number(response.headers.get("Retry-After")) || null;
   try {
-    return new ServerError(String((await response.json()).error.message), response.status, after);
+    const { message, code } = (await response.json()).error;
+    return new ServerError(String(message), { status, retryAfter, code });
   } catch {
-    return new ServerError(t("badAnswer", { status: response.status }), response.status, after);
+    return new ServerError(t("badAnswer", { status }), { status, retryAfter });
   }
 }
 
-/** Models that the server offers, the default first. */
-export async function models() {
-  return (await (await call("/v1/models")).json()).data;
+/** Models that the server offers, the default first. `mayAsk`: whether the user may be asked for a key. */
+export async function models(mayAsk) {
+  return (await (await call("/v1/models", null, null, mayAsk)).json()).data;
 }
 
 /** How many tokens a conversation or a text has, and which. */

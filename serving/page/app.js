@@ -1,8 +1,9 @@
 // The page: which conversation is open, which answers are being written, and what each button does.
 
-import { generate, models as fetchModels, ServerError, setKeyQuestion, tokenize, USUAL_CONTINUATION } from "./api.js";
+import { promptOf, sentenceOf, write } from "./answering.js";
+import { models as fetchModels, ServerError, setKeyQuestion, tokenize } from "./api.js";
 import { ask, download, tell } from "./dialogs.js";
-import { el, icon } from "./dom.js";
+import { el, icon, throttled } from "./dom.js";
 import { isAtEnd, isNarrow, listenToPanels, setSide, toEnd } from "./panels.js";
 import { requested, showFields } from "./sampling.js";
 import { readFiles, showList, titleOf } from "./sidebar.js";
@@ -33,26 +34,16 @@ const thread = new Thread(byId("thread"), {
   prompt: async (index) => {
     const message = current.messages[index];
     const model = message.model ?? modelOf(current)?.id;
-    return message.promptTokens ?? (await tokenize(promptOf(current, index, model))).prompt;
+    return message.promptTokens ?? (await tokenize(promptOf(current, index, model, message.forgotten))).prompt;
   },
 });
 
 const modelOf = (conversation) => models.find((one) => one.id === conversation.model) ?? models[0] ?? null;
 
-// What a request says before its answer number `index`.
-function promptOf({ kind, messages, system }, index, model) {
-  const before = messages.slice(0, index);
-  const named = model ? { model } : {};
-  if (kind === "text") return { ...named, prompt: before.map((message) => message.content).join("") };
-  const said = before.map(({ role, content }) => ({ role, content }));
-  return { ...named, messages: system.trim() ? [{ role: "system", content: system }, ...said] : said };
-}
-
 async function answer(conversation) {
   const { messages } = conversation;
   const model = modelOf(conversation);
   const drawn = requested(conversation.sampling, model?.recommended);
-  const request = { ...promptOf(conversation, messages.length, model?.id), ...drawn };
   const message = { role: "assistant", content: "", tokens: [], model: model?.id };
   const controller = new AbortController();
   messages.push(message);
@@ -68,8 +59,7 @@ async function answer(conversation) {
     if (stays) toEnd();
   });
   try {
-    if (conversation.kind === "text") await measurePrompt(request, message, controller.signal);
-    await generate(request, message, controller.signal, redraw);
+    await write(conversation, message, drawn, controller.signal, redraw);
   } catch (error) {
     if (error.name === "AbortError") message.finish = "cancelled";
     else message.error = error instanceof ServerError ? sentenceOf(error) : t("lost");
@@ -80,38 +70,13 @@ async function answer(conversation) {
   if (messages.includes(message)) keep(conversation);
   if (conversation === current && !writing.has(conversation.id)) {
     const stays = isAtEnd();
-    const place = messages.indexOf(message);
-    if (place >= 0) thread.update(place, false);
+    const shown = messages.indexOf(message);
+    if (shown >= 0) thread.update(shown, false);
     if (stays) toEnd();
     showComposer();
     byId("spoken").textContent = message.error ?? t("done", { text: message.content.slice(0, 1000) });
   }
-  refreshModels();
-}
-
-// A continuation asks for a number of tokens; it must not be more than there is room for.
-async function measurePrompt(request, message, signal) {
-  const { model, prompt } = request;
-  const { count, max_model_len: room, prompt: tokens } = await tokenize({ ...(model && { model }), prompt }, signal);
-  message.promptTokens = tokens;
-  request.max_tokens ??= Math.max(1, Math.min(USUAL_CONTINUATION, room - count));
-}
-
-function sentenceOf({ message, retryAfter }) {
-  return retryAfter ? `${sentence(message)} ${t("retryAfter", { count: retryAfter })}` : sentence(message);
-}
-
-// At most one call a frame. A hidden tab draws no frames, and needs none.
-function throttled(work) {
-  let isWaiting = false;
-  return () => {
-    if (isWaiting) return;
-    isWaiting = true;
-    requestAnimationFrame(() => {
-      isWaiting = false;
-      work();
-    });
-  };
+  refreshModels(false);
 }
 
 function send() {
@@ -128,9 +93,33 @@ function send() {
 function keep(conversation) {
   if (!conversations.includes(conversation)) conversations.push(conversation);
   conversations.sort((one, other) => other.changed - one.changed);
+  const { id } = conversation;
   const problem = store.saveConversation(conversation);
   if (problem) tell(t(problem));
+  if (conversation.id !== id) fork(conversation, id);
   drawList();
+}
+
+// Another tab has written the same conversation: both stay, this tab's under another id.
+function fork(conversation, id) {
+  if (writing.has(id)) writing.set(conversation.id, writing.get(id));
+  writing.delete(id);
+  conversations.push(...store.loadConversations().filter((one) => one.id === id));
+  if (conversation === current) choices.open = conversation.id;
+  store.saveChoices(choices);
+}
+
+// What other tabs have saved; conversations that are being written here stay as they are here.
+function reload() {
+  const ours = conversations.filter((one) => writing.has(one.id));
+  const theirs = store.loadConversations().filter((one) => !writing.has(one.id));
+  conversations = [...ours, ...theirs].sort((one, other) => other.changed - one.changed);
+  const same = theirs.find((one) => one.id === current.id);
+  if (same && same.revision !== current.revision) open(same);
+  else {
+    if (same) conversations[conversations.indexOf(same)] = current;
+    drawList();
+  }
 }
 
 function drawList() {
@@ -192,9 +181,9 @@ function showComposer() {
   byId("used").textContent = last && all ? t("used", { count: number(last), all: number(all) }) : "";
 }
 
-async function refreshModels() {
+async function refreshModels(mayAsk) {
   try {
-    models = await fetchModels();
+    models = await fetchModels(mayAsk);
     modelProblem = models.length ? "" : t("noModels");
   } catch (error) {
     modelProblem = error.message;
@@ -336,13 +325,9 @@ function listen() {
     if (found.length) open(found[0]);
   });
   window.addEventListener("storage", (event) => {
-    if (!store.concernsConversations(event) || writing.size) return;
-    conversations = store.loadConversations();
-    const same = conversations.find((one) => one.id === current.id);
-    if (same) open(same);
-    else drawList();
+    if (store.concernsConversations(event)) reload();
   });
-  document.addEventListener("visibilitychange", () => document.hidden || refreshModels());
+  document.addEventListener("visibilitychange", () => document.hidden || refreshModels(false));
   // What has arrived of an answer outlives the page.
   window.addEventListener("pagehide", () => {
     for (const conversation of conversations) if (writing.has(conversation.id)) store.saveConversation(conversation);
@@ -363,7 +348,7 @@ function start() {
   const last = conversations.find((one) => one.id === choices.open);
   if (last) open(last);
   else startNew();
-  refreshModels();
+  refreshModels(true);
   if (!isNarrow()) byId("message").focus();
 }
 

@@ -73,3 +73,25 @@ export async function copyText(text) {
     return isDone;
   }
 }
+
+/**
+ * Function that calls `work` at most once a frame, and for a quarter of the time: the page must stay responsive under
+ * answers of any length. A hidden tab draws no frames, and needs none.
+ */
+export function throttled(work) {
+  let isWaiting = false;
+  let idleUntil = 0;
+  const call = () => {
+    isWaiting = false;
+    const began = performance.now();
+    work();
+    idleUntil = performance.now() + 3 * (performance.now() - began);
+  };
+  return () => {
+    if (isWaiting) return;
+    isWaiting = true;
+    const pause = idleUntil - performance.now();
+    if (pause > 16) setTimeout(() => requestAnimationFrame(call), pause);
+    else requestAnimationFrame(call);
+  };
+}

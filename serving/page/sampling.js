@@ -57,9 +57,9 @@ function row([name, low, high, step, usual], sampling, recommended, isText, onCh
       const isWrong = input.validity.badInput || given < low || given > high || (step === 1 && given % 1 !== 0);
       input.setAttribute("aria-invalid", String(isWrong));
       const range = { name: t(name), low: number(low, low % 1 ? 2 : 0), high: number(high) };
-      problem.textContent = isWrong ? t("invalid", range) : "";
-      if (isWrong) return;
-      if (Number.isNaN(given)) delete sampling[name];
+      problem.textContent = isWrong ? t(step === 1 ? "invalidWhole" : "invalid", range) : "";
+      // Not the beginning of what was typed, which may have been a number in range.
+      if (isWrong || Number.isNaN(given)) delete sampling[name];
       else sampling[name] = given;
       onChange();
     },

@@ -1,18 +1,20 @@
 // Conversations and choices in the browser's localStorage: one entry a conversation, so that two tabs do not write over
 // each other's. A conversation is plain data:
 //
-//     {id, title, isNamed, created, changed, kind: "chat" | "text", model, system, sampling: {name: value},
+//     {revision, id, title, isNamed, created, changed, kind: "chat" | "text", model, system, sampling: {name: value},
 //      messages: [{role: "user" | "assistant", content, ...what api.js adds to an answer}]}
 
 const CONVERSATION = "zero2all.conversation.";
 const CHOICES = "zero2all.choices";
 const FORMAT = "zero2all conversations";
 
-/** New conversation, saved with its first message. */
+const newId = () => crypto.randomUUID?.() ?? String(Date.now()) + Math.random();
+
+/** New conversation, saved with its first message. Each save gives it another `revision`. */
 export function newConversation(values) {
   const now = Date.now();
   return {
-    id: crypto.randomUUID?.() ?? String(now) + Math.random(), title: "", isNamed: false, created: now, changed: now,
+    revision: null, id: newId(), title: "", isNamed: false, created: now, changed: now,
     kind: "chat", model: null, system: "", sampling: {}, messages: [], ...values,
   };
 }
@@ -44,21 +46,39 @@ function parsed(text) {
 }
 
 /**
- * Save a conversation.
- * @returns {string|null} null if all is well, else the key of a sentence: "lean", "full" or "unsaved"
+ * Save a conversation. If another tab has saved it since this one read it, it becomes one of its own, with another id.
+ * @returns {string|null} null if all is well, else the key of a sentence: "lean", "full", "unsaved" or "forked"
  */
 export function saveConversation(conversation) {
-  const write = () => {
+  const found = savedRevision(conversation.id);
+  const isForked = found !== null && found !== conversation.revision;
+  if (isForked) conversation.id = newId();
+  conversation.revision = newId();
+  return write(conversation) ?? (isForked ? "forked" : null);
+}
+
+// The revision stands first, so that a long conversation need not be parsed.
+function savedRevision(id) {
+  try {
+    return /^\{"revision":"([^"]*)"/.exec(localStorage.getItem(CONVERSATION + id)?.slice(0, 99) ?? "")?.[1] ?? null;
+  } catch {
+    return null;
+  }
+}
+
+function write(conversation) {
+  const attempt = (replacer) => {
     try {
-      localStorage.setItem(CONVERSATION + conversation.id, JSON.stringify(conversation, lasting));
+      localStorage.setItem(CONVERSATION + conversation.id, JSON.stringify(conversation, replacer));
       return null;
     } catch (error) {
       return error.name === "QuotaExceededError" ? "full" : "unsaved";
     }
   };
-  const problem = write();
-  if (problem !== "full" || !dropTokens(conversation.id)) return problem;
-  return write() === null ? "lean" : "full";
+  const problem = attempt(lasting);
+  if (problem !== "full") return problem;
+  if (dropTokens(conversation.id) && attempt(lasting) === null) return "lean";
+  return attempt((key, value) => (key === "tokens" ? undefined : lasting(key, value))) === null ? "lean" : "full";
 }
 
 // The prompt grows with each turn, and the server can tell it again.
@@ -114,7 +134,7 @@ export function exportJson(conversations) {
 export function importJson(text) {
   const file = parsed(text);
   if (file?.format !== FORMAT || !Array.isArray(file.conversations)) return null;
-  return file.conversations.map(checked).filter(Boolean).map((one) => ({ ...one, id: newConversation().id }));
+  return file.conversations.map(checked).filter(Boolean).map((one) => ({ ...one, id: newId() }));
 }
 
 /** Conversation as Markdown. `names` gives what the roles are called. */
@@ -137,7 +157,8 @@ function checked(value) {
     .map((one) => {
       const message = { role: one.role, content: one.content };
       if (one.role === "user") return message;
-      for (const name of ["count", "total", "cached", "seconds", "rate"]) message[name] = finite(one, name);
+      const figures = ["count", "total", "cached", "seconds", "rate", "forgotten"];
+      for (const name of figures) message[name] = finite(one, name);
       for (const name of ["finish", "model", "error"]) message[name] = take(one, name, "string", undefined);
       const tokens = Array.isArray(one.tokens) ? one.tokens.filter(isToken) : [];
       return { ...message, tokens };
@@ -147,6 +168,7 @@ function checked(value) {
   return newConversation({
     title: take(value, "title", "string", ""), isNamed: value.isNamed === true,
     created: finite(value, "created") ?? Date.now(), changed: finite(value, "changed") ?? Date.now(),
+    revision: take(value, "revision", "string", null),
     kind: value.kind === "text" ? "text" : "chat", model: take(value, "model", "string", null),
     system: take(value, "system", "string", ""), sampling: Object.fromEntries(sampling), messages,
   });

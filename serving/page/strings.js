@@ -43,6 +43,7 @@ export const STRINGS = {
     code: "code",
     table: "Table",
     edit: "Edit",
+    generate: "Generate an answer",
     regenerate: "Generate again",
     retry: "Try again",
     saveSend: "Send",
@@ -56,6 +57,9 @@ export const STRINGS = {
     lost: "The connection was lost. What had arrived is kept.",
     unreachable: "The server cannot be reached. Is it running?",
     needsKey: "The server needs an API key.",
+    tooLong: "This is longer than the model's context, which must also hold the answer: shorten it.",
+    forgotten: "The context is full: the model no longer sees the first {count} messages.",
+    unfinished: "Not finished.",
     badAnswer: "The server's answer could not be read (HTTP {status}).",
     retryAfter: "Try again in {count} s.",
     noModels: "The server offers no model.",
@@ -107,7 +111,8 @@ export const STRINGS = {
     stopTextsHint: "One text a line; \\n stands for a line's end",
     usual: "usual",
     random: "random",
-    invalid: "{name}: write a number from {low} to {high}.",
+    invalid: "{name}: write a number from {low} to {high}. Until then it counts as empty.",
+    invalidWhole: "{name}: write a whole number from {low} to {high}. Until then it counts as empty.",
     appearance: "Appearance",
     language: "Language",
     automatic: "Automatic",
@@ -130,7 +135,8 @@ export const STRINGS = {
     imported: "Imported: {count}",
     notImported: "{file} is not an export of this page.",
     full: "The browser's storage is full: this conversation is not saved. Export it, or delete others.",
-    lean: "The browser's storage is nearly full: probabilities of older answers were let go.",
+    lean: "The browser's storage is nearly full: probabilities of answers were let go.",
+    forked: "Another tab has changed this conversation: what was said here goes on as one of its own.",
     unsaved: "The browser stores nothing for this page: conversations end with it.",
     // Key
     keyTitle: "API key",
@@ -177,6 +183,7 @@ export const STRINGS = {
     code: "代码",
     table: "表格",
     edit: "编辑",
+    generate: "生成回答",
     regenerate: "重新生成",
     retry: "重试",
     saveSend: "发送",
@@ -190,6 +197,9 @@ export const STRINGS = {
     lost: "连接中断，已收到的内容保留在此。",
     unreachable: "无法连接服务器。它在运行吗？",
     needsKey: "服务器需要 API 密钥。",
+    tooLong: "内容超出模型的上下文（还要留出回答的空间），请缩短。",
+    forgotten: "上下文已满：模型看不到最早的 {count} 条消息。",
+    unfinished: "未完成。",
     badAnswer: "无法读懂服务器的回复（HTTP {status}）。",
     retryAfter: "请在 {count} 秒后重试。",
     noModels: "服务器没有提供模型。",
@@ -239,7 +249,8 @@ export const STRINGS = {
     stopTextsHint: "每行一个；\\n 表示换行",
     usual: "默认",
     random: "随机",
-    invalid: "{name}：请填写 {low} 到 {high} 之间的数。",
+    invalid: "{name}：请填写 {low} 到 {high} 之间的数；在此之前视为留空。",
+    invalidWhole: "{name}：请填写 {low} 到 {high} 之间的整数；在此之前视为留空。",
     appearance: "外观",
     language: "语言",
     automatic: "自动",
@@ -261,7 +272,8 @@ export const STRINGS = {
     imported: "已导入 {count} 个",
     notImported: "{file} 不是本页面导出的文件。",
     full: "浏览器存储空间已满，此对话未能保存。请导出它，或删除其他对话。",
-    lean: "浏览器存储空间将满，已舍去较早回答的概率。",
+    lean: "浏览器存储空间将满，已舍去部分回答的概率。",
+    forked: "另一个标签页改动了这个对话：此处的内容另存为新的对话。",
     unsaved: "浏览器不允许本页面保存数据，关闭后对话会丢失。",
     keyTitle: "API 密钥",
     keyText: "此服务器需要密钥。密钥保留到关闭标签页为止。",
@@ -285,9 +297,14 @@ export function sentence(text) {
   return /[.?!。？！…]$/.test(begun) ? begun : `${begun}.`;
 }
 
+const formats = {};
+
 /** A number as the page's language writes it. */
 export function number(value, digits = 0) {
-  return value.toLocaleString(NAMES[language], { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  // To make a format takes a hundred times longer than to use it, and an answer has many probabilities.
+  const format = (formats[`${language}${digits}`] ??=
+    new Intl.NumberFormat(NAMES[language], { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  return format.format(value);
 }
 
 /** Choose "en", "zh" or null: the first of the browser's languages that the page has. Fills what index.html names. */

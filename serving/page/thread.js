@@ -42,14 +42,18 @@ export class Thread {
     const view = this.views[index];
     const message = this.conversation.messages[index];
     if (message.role === "user") {
-      view.foot.replaceChildren(el("div.buttons", {}, this.copyButton(message), this.editButton(view)));
+      // A question without an answer, as in a file that was imported.
+      const isOpen = this.conversation.kind === "chat" && index === this.views.length - 1;
+      view.foot.replaceChildren(el("div.buttons", {}, this.copyButton(message), this.editButton(view),
+        isOpen ? iconButton("again", t("generate"), () => this.actions.regenerate()) : null));
       return;
     }
     this.drawAnswer(view, message, isWriting);
     view.body.setAttribute("aria-busy", String(isWriting));
     view.element.classList.toggle("is-writing", isWriting);
     const facts = el("p.facts", {}, ...factsOf(message).map((fact) => el("span", {}, fact)));
-    const isLast = index === this.views.length - 1;
+    // What begins a conversation has no question to answer again.
+    const isLast = index > 0 && index === this.views.length - 1;
     if (isWriting) {
       view.foot.replaceChildren(facts);
       return;
@@ -80,7 +84,7 @@ export class Thread {
       view.body.classList.toggle("is-markdown", shown === "text" && this.conversation.kind === "chat");
     }
     if (shown === "tokens" && (message.tokens?.length || !isWriting)) showTokens(view.body, message.tokens ?? []);
-    else if (!message.content && !isWriting && !message.error) view.body.replaceChildren(el("p.quiet", {}, t("empty")));
+    else if (!message.content && !isWriting && message.finish) view.body.replaceChildren(el("p.quiet", {}, t("empty")));
     else if (this.conversation.kind === "text") view.body.textContent = message.content;
     else show(view.body, message.content);
   }
@@ -142,11 +146,13 @@ export class Thread {
         try {
           view.prompt = promptView(await this.actions.prompt(view.index));
         } catch (error) {
-          view.prompt = el("p.problem", { role: "alert" }, error.message);
+          view.prompt = el("p.problem", { role: "alert", tabindex: "-1" }, error.message);
         }
       }
       this.update(view.index, false);
-      view.foot.querySelector(`[aria-label="${t("promptHint")}"]`)?.focus();
+      // It opens below a long answer, out of sight: who asked for it is brought there.
+      (view.prompt?.querySelector("pre") ?? view.prompt ?? view.foot.querySelector('[data-icon="prompt"]')).focus();
+      view.prompt?.scrollIntoView({ block: "nearest" });
     }, { "aria-expanded": String(Boolean(view.prompt)) });
     return button;
   }
@@ -161,9 +167,11 @@ function factsOf({ count, rate, seconds, cached }) {
   return facts;
 }
 
-function problemOf({ error, finish }, retry) {
-  const notes = { length: t("cutAtLength"), cancelled: t("stopped") };
-  if (!error) return notes[finish] ? el("p.quiet.finish", {}, notes[finish]) : null;
+function problemOf({ error, finish, forgotten }, retry) {
+  const ends = { length: t("cutAtLength"), cancelled: t("stopped") };
+  const end = finish ? ends[finish] : t("unfinished");
+  const notes = [forgotten ? t("forgotten", { count: number(forgotten) }) : null, end].filter(Boolean);
+  if (!error) return notes.length ? el("p.quiet.finish", {}, notes.join(" ")) : null;
   return el("div.problem", { role: "alert" }, el("p", {}, error),
     retry ? el("button.button", { type: "button", onclick: retry }, icon("again"), t("retry")) : null);
 }

@@ -259,7 +259,7 @@ def test_a_full_storage_is_told(open_page: OpenPage, server: PageServer):
     page.evaluate(fill, "a")
     button(page, "New conversation").click()
     say(page, "two")
-    expect(page.locator("#notices p").first).to_contain_text("probabilities of older answers were let go")
+    expect(page.locator("#notices p").first).to_contain_text("probabilities of answers were let go")
     until_done(page)
     page.evaluate(fill, "b")
     say(page, "three" * 1000)
@@ -336,7 +336,9 @@ def test_settings_reach_the_request(open_page: OpenPage, server: PageServer):
     page.get_by_label("Top p").fill("0.9")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Most tokens").fill("1.5")
-    expect(page.get_by_role("alert").filter(has_text="Most tokens")).to_contain_text("write a number from 1 to")
+    expect(page.get_by_role("alert").filter(has_text="Most tokens")).to_contain_text("write a whole number from 1 to")
+    # What was typed of it is not taken for the number.
+    page.get_by_label("Top k").press_sequentially("7.5")
     page.get_by_label("Most tokens").fill("50")
     page.get_by_label("Stop at").fill("\\n\\n\nEND")
     page.get_by_label("Model").select_option("sql")
@@ -348,6 +350,7 @@ def test_settings_reach_the_request(open_page: OpenPage, server: PageServer):
         "model": "sql", "top_p": 0.9, "seed": 7, "max_tokens": 50, "stop": ["\n\n", "END"],
     }  # fmt: skip
     assert "temperature" not in body  # recommended for tiny, not for sql
+    assert "top_k" not in body
     expect(page.get_by_label("Model").locator("option")).to_have_text(["tiny", "↳ sql · step 1,200"])
     button(page, "Reset").click()
     say(page, "Again")
@@ -370,6 +373,72 @@ def test_errors_stand_where_the_answer_would(open_page: OpenPage, server: PageSe
     button(page, "Try again").click()
     expect(answers(page)).to_have_text("You said: Hi")
     expect(alert).to_have_count(0)
+
+
+def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_turns(open_page: OpenPage, server: PageServer):
+    page = open_page()
+    too_long = {"status": 400, "error": "messages has 1025 tokens", "code": "context_length_exceeded"}
+    say(page, "long " * 600, Reply(**too_long), server)
+    until_done(page)
+    expect(page.get_by_role("alert").filter(has_text="longer than the model's context")).to_be_visible()
+    server.replies.extend([Reply(**too_long), Reply("short")])
+    say(page, "next")
+    until_done(page)
+    assert server.seen[-1]["messages"] == [{"role": "user", "content": "next"}]
+    expect(page.locator(".finish")).to_have_text("The context is full: the model no longer sees the first 2 messages.")
+    # The next turn begins there at once.
+    say(page, "more")
+    until_done(page)
+    assert [one["content"] for one in server.seen[3]["messages"]] == ["next", "short", "more"]
+    assert len(server.seen) == 4
+
+
+def test_turns_alone_can_be_answered_or_not_lost(open_page: OpenPage, server: PageServer, tmp_path: Path):
+    page = open_page()
+    turns = {"asked": {"role": "user", "content": "asked"}, "said": {"role": "assistant", "content": "said"}}
+    conversations = [{"title": name, "messages": [turn]} for name, turn in turns.items()]
+    file = tmp_path / "alone.json"
+    file.write_text(json.dumps({"format": "zero2all conversations", "conversations": conversations}))
+    page.set_input_files("#file", file)
+    expect(page.locator("#notices")).to_contain_text("Imported: 2")
+    button(page, "said").click()
+    expect(answers(page)).to_have_text("said")
+    expect(button(page, "Generate again")).to_have_count(0)
+    button(page, "asked").click()
+    page.locator(".message.is-user").hover()
+    button(page, "Generate an answer").click()
+    expect(answers(page)).to_have_text("You said: asked")
+
+
+def test_two_tabs_lose_nothing(open_page: OpenPage, server: PageServer):
+    page = open_page()
+    say(page, "one")
+    until_done(page)
+    other = page.context.new_page()
+    other.goto(server.address)
+    expect(answers(other)).to_have_text("You said: one")
+    say(page, "slow", Reply("a b", hold_after=1), server)
+    # The other tab does not know how far the answer is.
+    expect(other.locator(".finish")).to_have_text("Not finished.")
+    say(other, "fast")
+    expect(answers(other).last).to_have_text("You said: fast")
+    server.gate.set()
+    expect(page.locator("#notices")).to_contain_text("Another tab has changed this conversation")
+    expect(answers(page)).to_have_text(["You said: one", "a b"])
+    expect(page.locator("#list .title")).to_have_text(["one", "one"])
+    expect(answers(other).last).to_have_text("You said: fast")
+
+
+def test_the_prompt_opens_in_sight(open_page: OpenPage, server: PageServer):
+    for width, height in ((1280, 800), (390, 844)):
+        page = open_page(width=width, height=height)
+        say(page, "Hi", Reply("\n\n".join(["a long answer"] * 60)), server)
+        until_done(page)
+        page.get_by_role("button", name="Show the prompt as the model sees it").press("Enter")
+        prompt = page.locator(".prompt")
+        expect(prompt.locator("pre")).to_be_focused()
+        box, composer = prompt.bounding_box(), page.locator("#composer").bounding_box()
+        assert box and composer and box["y"] >= 0 and box["y"] + box["height"] <= composer["y"]
 
 
 def test_an_api_key_is_asked_for_once(open_page: OpenPage, server: PageServer):
