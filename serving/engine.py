@@ -23,14 +23,15 @@ from model.rope import length_group
 from serving.admission import EngineOptions, limit_of, width_of
 from serving.beams import BeamSearch
 from serving.cache import Blocks
+from serving.continuations import Continuation, texts_of
 from serving.invariant import InvariantRunner
-from serving.loading import Served
+from serving.loading import Served, Speech
 from serving.plan import StepPlan
 from serving.pool import num_blocks_of
-from serving.requests import EngineStats, Finish, Piece, Request, TokenScore
+from serving.requests import EngineStats, Finish, Piece, Request, Sampling, TokenScore
 from serving.rows import RowState
 from serving.runner import Runner
-from serving.sampling import NO_TOKEN, check, sample, token_scores
+from serving.sampling import NO_TOKEN, check, continuation_scores, sample, token_scores
 from serving.scheduler import Planned, Scheduler, Sequence, Unit
 from serving.text import TextStream
 
@@ -46,17 +47,18 @@ class Runs(Protocol):
     """What the engine needs of a Runner."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Scores of the wanted tokens, float32 (R, V)."""
+        """Scores of the wanted tokens, float32 (R, V): V is the model's vocabulary."""
 
 
 @dataclass(eq=False)
 class _Choice:
-    """A text that is being written."""
+    """A text that is being written, or that stands after the prompt and is to be scored."""
 
     number: int
     state: RowState
     stream: TextStream
     has_spoken: bool = False
+    continuation: Continuation | None = None
 
 
 @dataclass(eq=False)
@@ -125,6 +127,9 @@ class Engine:
         if request.id in self._open:
             raise ValueError(f"there is a request {request.id} already: give each its own id")
         speech = self.served.speech_of(request.adapter)
+        if request.continuations:
+            self._submit_continuations(request, speech)
+            return
         sampling, prompt_ids = request.sampling, request.prompt_ids
         check(sampling, speech.tokenizer.vocab_size, request.n)
         limit = limit_of(
@@ -135,7 +140,7 @@ class Engine:
         stop_ids = sampling.stop_ids | (frozenset() if sampling.ignores_eos else speech.stop_ids)
         unit = Unit(
             (self._num_arrived, 0), [Sequence(list(prompt_ids))], limit, width_of(request), request.adapter,
-            sampling.prompt_logprobs is not None, sampling.num_beams > 1, prompt_length=len(prompt_ids),
+            None if sampling.prompt_logprobs is None else 0, sampling.num_beams > 1, prompt_length=len(prompt_ids),
             group=length_group(self.served.model.config, len(prompt_ids)),
         )  # fmt: skip
         search = None
@@ -149,6 +154,45 @@ class Engine:
         self._num_arrived += 1
         self._open[request.id] = self._answers[unit] = _Answer(request, {unit: choices}, search)
         self._scheduler.add(unit)
+
+    def _submit_continuations(self, request: Request, speech: Speech) -> None:
+        """Take a request that asks for log-probabilities of texts after its prompt.
+
+        Raises:
+            ValueError: it can never be served.
+        """
+        prompt, config = request.prompt_ids, self.served.model.config
+        if request.n != 1:
+            raise ValueError(f"n must be 1 beside continuations, got {request.n}")
+        if not all(request.continuations):
+            raise ValueError("a continuation is empty: leave it out, its probability is 1")
+        sampling = Sampling(max_new_tokens=0, seed=0)
+        known = speech.tokenizer.vocab_size
+        limits = [
+            limit_of(
+                Request(request.id, prompt + ids[:-1], sampling), known, self.context, self.options,
+                self._blocks.count, self._scheduler.fits,
+            )
+            for ids in request.continuations
+        ]  # fmt: skip
+        if not all(0 <= ids[-1] < known for ids in request.continuations):
+            raise ValueError(f"a continuation has tokens that the tokenizer does not know: it has 0 to {known - 1}")
+        answer = self._open[request.id] = _Answer(request, {})
+        for place, (text, numbers) in enumerate(texts_of(request.continuations)):
+            # As if each of these were a prompt of its own: rotary angles may depend on a text's length.
+            length = len(prompt) + len(text)
+            unit = Unit(
+                (self._num_arrived, place), [Sequence([*prompt, *text])], limits[numbers[0]], 1, request.adapter,
+                len(prompt) - 1, prompt_length=length, group=length_group(config, length),
+            )  # fmt: skip
+            answer.units[unit] = [
+                _Choice(number, RowState(sampling, 0), TextStream(speech.tokenizer),
+                        continuation=Continuation(request.continuations[number], len(prompt)))
+                for number in numbers
+            ]  # fmt: skip
+            self._answers[unit] = answer
+            self._scheduler.add(unit)
+        self._num_arrived += 1
 
     def cancel(self, request_id: str) -> None:
         """Drop a request, if it has not ended. Its blocks are free at once."""
@@ -207,13 +251,26 @@ class Engine:
         self._scheduler.computed(planned)
         drawing: list[tuple[Unit, _Choice]] = []
         rows: list[int] = []
+        scored: list[tuple[Continuation, range]] = []
+        done: list[Unit] = []
         searching: dict[Unit, list[int]] = {}
         end = 0
         for (unit, sequence, part), is_last in zip(planned.owners, lasts):
             begin, end = end, end + part.num_scores
             answer = self._answers[unit]
             self._count_prompt(answer, unit)
-            if answer.lacks_prompt and not self._read_prompt(answer, part.start, scores_RV[begin:end]):
+            if answer.request.continuations:
+                # The row of the text's token number t is row t + shift.
+                computed = part.start + len(part.tokens)
+                shift = end - computed
+                for choice in answer.units[unit]:
+                    assert choice.continuation is not None
+                    places = choice.continuation.rows(computed - part.num_scores, computed)
+                    if places:
+                        scored.append((choice.continuation, range(places.start + shift, places.stop + shift)))
+                if is_last:
+                    done.append(unit)
+            elif answer.lacks_prompt and not self._read_prompt(answer, part.start, scores_RV[begin:end]):
                 pieces += self._end(unit, "error", _NOT_NUMBERS)
             elif is_last and len(sequence.tokens) >= unit.limit:
                 pieces += self._end(unit, "length")
@@ -223,6 +280,12 @@ class Engine:
                 for one, choice in self._divide(answer, unit):
                     drawing.append((one, choice))
                     rows.append(end - 1)
+        if scored:
+            _score(scores_RV, scored)
+        for unit in done:
+            pieces += self._alone(unit, partial(self._tell, unit))
+        # What the model has beyond the tokenizer's vocabulary is never written.
+        scores_RV = scores_RV[:, : self.served.speech_of(planned.plan.adapter).tokenizer.vocab_size]
         if drawing:
             tokens = sample(_rows_of(scores_RV, rows), [choice.state for _, choice in drawing])
             for (unit, choice), token in zip(drawing, tokens):
@@ -258,6 +321,7 @@ class Engine:
         following = ids[start + 1 : start + 1 + len(scores_TV)]
         if not following:
             return True
+        scores_TV = scores_TV[:, : self.served.speech_of(answer.request.adapter).tokenizer.vocab_size]
         new = token_scores(scores_TV[: len(following)], following, [count] * len(following))
         answer.prompt += new
         return not any(token.logprob is None or math.isnan(token.logprob) for token in new)
@@ -286,6 +350,20 @@ class Engine:
             return self._end(unit, "stop" if stopped else "length", text=text, tokens=tokens)
         piece = self._piece(self._answers[unit], choice, text, tokens)
         return [piece] if text or tokens or piece.prompt else []
+
+    def _tell(self, unit: Unit) -> list[Piece]:
+        """The continuations that a unit has computed."""
+        answer, pieces = self._answers[unit], []
+        for choice in answer.units[unit]:
+            assert choice.continuation is not None and len(choice.continuation.found) == len(choice.continuation.ids)
+            told = tuple(choice.continuation.found)
+            if any(token.logprob is None or math.isnan(token.logprob) for token in told):
+                pieces.append(self._piece(answer, choice, "", ())._replace(finish="error", error=_NOT_NUMBERS))
+            else:
+                piece = self._piece(answer, choice, "", told)
+                pieces.append(piece._replace(finish="length", cached_tokens=max(0, answer.num_cached)))
+        self._drop(unit)
+        return pieces
 
     def _search(self, unit: Unit, scores_BV: Tensor) -> list[Piece]:
         """What a step of a beam search brings: at its end, all texts."""
@@ -345,6 +423,22 @@ class Engine:
         prompt = () if choice.has_spoken or answer.lacks_prompt else tuple(answer.prompt)
         choice.has_spoken = True
         return Piece(answer.request.id, choice.number, text, tokens, prompt=prompt)
+
+
+def _score(scores_RV: Tensor, scored: Iterable[tuple[Continuation, range]]) -> None:
+    """Add to continuations what these rows of a step's scores say of their next tokens."""
+    scored = list(scored)
+    ids: list[int] = []
+    for continuation, rows in scored:
+        begin = len(continuation.found)
+        ids += continuation.ids[begin : begin + len(rows)]
+    all_rows = [row for _, rows in scored for row in rows]
+    places = {row: place for place, row in enumerate(sorted(set(all_rows)))}
+    told = continuation_scores(_rows_of(scores_RV, list(places)), [places[row] for row in all_rows], ids)
+    begin = 0
+    for continuation, rows in scored:
+        continuation.found += told[begin : begin + len(rows)]
+        begin += len(rows)
 
 
 def _rows_of(scores_RV: Tensor, rows: list[int]) -> Tensor:

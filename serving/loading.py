@@ -44,10 +44,12 @@ class Served:
     Args:
         model: on its device, in its dtype.
         speech: the model's without an adapter, or that of an adapter which stays in it for good.
+        may_pack: whether its matrices may be brought into another form; not if it is trained on.
     """
 
-    def __init__(self, model: Decoder, speech: Speech):
+    def __init__(self, model: Decoder, speech: Speech, may_pack: bool = True):
         self.model = model.eval()
+        self._may_pack = may_pack
         self._adapters = Adapters(model)
         self._speeches: dict[str | None, Speech] = {None: speech}
         self._packing = threading.Lock()
@@ -105,7 +107,8 @@ class Served:
         The model cannot be saved or given other weights after it. Several threads may call this.
         """
         with self._packing:
-            pack(self.model, self._adapters.modules())
+            if self._may_pack:
+                pack(self.model, self._adapters.modules())
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules of the model and of its adapters, in use or not."""

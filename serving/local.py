@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Protocol
 
 from serving.requests import Piece, Request
@@ -22,31 +23,47 @@ class Asked(Protocol):
     def step(self) -> list[Piece]: ...
 
 
-def pieces_of(engine: Asked, requests: Iterable[Request]) -> Iterator[Piece]:
+def pieces_of(engine: Asked, requests: Iterable[Request], most: int | None = None) -> Iterator[Piece]:
     """Pieces of all answers as they come. If the caller leaves early, the rest is cancelled.
 
+    Args:
+        most: requests that the engine has at once; the next ones are taken as others end. None: all.
     Raises:
         ValueError: a request can never be served.
         KeyboardInterrupt: Ctrl-C, between two forward passes: within one, it would leave the cache half written, and
             other ranks waiting. A second one is obeyed at once.
     """
-    ids, is_between_steps = [], True
+    coming, is_between_steps = iter(requests), True
+    left: dict[str, int] = {}  # Choices of each request that have not ended.
+
+    def submit() -> None:
+        for request in islice(coming, None if most is None else most - len(left)):
+            engine.submit(request)
+            left[request.id] = len(request.continuations) or request.n
+
+    def note(piece: Piece) -> None:
+        if piece.finish and piece.request in left:
+            left[piece.request] -= 1
+            if not left[piece.request]:
+                del left[piece.request]
+
     with _interruptions() as is_interrupted:
         try:
-            for request in requests:
-                engine.submit(request)
-                ids.append(request.id)
+            submit()
             while engine.has_work:
                 is_between_steps = False
                 pieces = engine.step()
                 is_between_steps = True
+                for piece in pieces:
+                    note(piece)
                 yield from pieces
                 if is_interrupted():
                     raise KeyboardInterrupt
+                submit()
         finally:
             # After a step that failed, nobody knows what the engine holds.
             if is_between_steps:
-                for request_id in ids:
+                for request_id in left:
                     engine.cancel(request_id)
                 while engine.has_work:
                     engine.step()

@@ -78,6 +78,9 @@ class Request:
     """Number of choices."""
     adapter: str | None = None
     """Name of the adapter that answers; None: the model without one, or with the one that stays in it."""
+    continuations: tuple[tuple[int, ...], ...] = ()
+    """Texts whose log-probabilities after the prompt are wanted. Then nothing is written, and `sampling` does not
+    count: choice i tells the tokens of continuation i, each with the likeliest one in its place, in one piece."""
 
 
 class TokenScore(NamedTuple):

@@ -39,12 +39,12 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
-        """Scores of the wanted tokens, part after part, float32 (R, V): V is the tokenizer's vocabulary, without what
-        the model has beyond it. On every rank."""
+        """Scores of the wanted tokens, part after part, float32 (R, V): V is the model's vocabulary, which may be
+        larger than the tokenizer's. On every rank."""
         if self.served.active != plan.adapter:
             self.served.use(plan.adapter)
         self.cache.copy(plan.copies)
-        return self._scores(plan.parts)[:, : self.served.tokenizer.vocab_size].float()
+        return self._scores(plan.parts).float()
 
     def _scores(self, parts: Sequence[Part]) -> Tensor:
         """Scores of the wanted tokens, (R, V of the model), in the model's dtype."""

@@ -268,6 +268,25 @@ def token_scores(scores_NV: Tensor, ids: Sequence[int], counts: Sequence[int]) -
     return told
 
 
+def continuation_scores(scores_RV: Tensor, rows: Sequence[int], ids: Sequence[int]) -> list[TokenScore]:
+    """Tokens with their log-probabilities, each with the likeliest one in its place, the first of equals. Sums are in
+    float32: an error of 1e-6 or so for each token, at a fraction of the time of `token_scores`.
+
+    Args:
+        scores_RV: the model's scores, float32.
+        rows: of each token; a row may come several times.
+    """
+    best_R, best_ids_R = scores_RV.max(dim=1)
+    total_R = scores_RV.logsumexp(dim=1)
+    rows_N = torch.tensor(rows, device=scores_RV.device)
+    own_N = scores_RV[rows_N, torch.tensor(ids, device=scores_RV.device)]
+    told_3N = torch.stack((own_N - total_R[rows_N], (best_R - total_R)[rows_N], best_ids_R[rows_N].double())).tolist()
+    return [
+        TokenScore(token_id, logprob, ((int(best_id), best),))
+        for token_id, logprob, best, best_id in zip(ids, *told_3N, strict=True)
+    ]
+
+
 def _likeliest(logprobs_NV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
     """The likeliest tokens of each row as (id, log-probability), in falling order, equals by id."""
     most = min(max(counts), logprobs_NV.shape[1])

@@ -54,7 +54,8 @@ class Unit:
         limit: tokens that a sequence may have at most, those of the prompt included.
         width: sequences that it will be, as soon as the prompt is computed.
         adapter: whose.
-        wants_scores: those of all tokens of the prompt are wanted.
+        first_score: number of the first token of the prompt whose scores are wanted, with those of all after it; None:
+            only the last one's are.
     """
 
     arrival: tuple[int, int]
@@ -62,7 +63,7 @@ class Unit:
     limit: int
     width: int = 1
     adapter: str | None = None
-    wants_scores: bool = False
+    first_score: int | None = None
     is_search: bool = False
     """Whether its sequences are beams, and stay together."""
     num_cached: int = -1
@@ -79,7 +80,7 @@ class Unit:
     @property
     def is_ready(self) -> bool:
         """Whether each of its sequences lacks one token, and no scores before that one's are wanted."""
-        if self.wants_scores:
+        if self.first_score is not None:
             return False
         for sequence in self.sequences:
             if sequence.num_left != 1:
@@ -177,7 +178,7 @@ class Scheduler:
                     self.blocks.know(sequence.table.blocks[index], keys[index])
                 self._came(sequence, filled)
             if sequence.num_left == 0:
-                unit.wants_scores = False
+                unit.first_score = None
 
     def fork(self, unit: Unit, num_units: int) -> list[Unit]:
         """Further units with the same tokens and blocks as one whose prompt is computed. The next choices have their
@@ -185,7 +186,7 @@ class Scheduler:
         unit.width = 1
         (sequence,), (request, choice) = unit.sequences, unit.arrival
         new = [
-            Unit((request, choice + number), [self._copy(sequence)], unit.limit, 1, unit.adapter, False,
+            Unit((request, choice + number), [self._copy(sequence)], unit.limit, 1, unit.adapter, None,
                  unit.is_search, unit.num_cached, unit.prompt_length, unit.group)
             for number in range(1, num_units)
         ]  # fmt: skip
@@ -339,8 +340,8 @@ class _Step:
         kept_back = int(len(unit.sequences) > 1)
         for sequence in unit.sequences:
             count = min(sequence.num_left - kept_back, self.tokens_left)
-            if unit.wants_scores:
-                count = min(count, self.scores_left)
+            if unit.first_score is not None:
+                count = min(count, max(0, unit.first_score - sequence.num_computed) + self.scores_left)
             if count:
                 self._add(unit, sequence, count)
             if count or sequence.num_left > kept_back:
@@ -350,9 +351,9 @@ class _Step:
         assert sequence.table is not None
         start, end = sequence.num_computed, sequence.num_computed + count
         num_scores = int(end == len(sequence.tokens))
-        if unit.wants_scores:
-            num_scores = count
-            self.scores_left -= count
+        if unit.first_score is not None:
+            num_scores = max(0, end - max(start, unit.first_score))
+            self.scores_left -= num_scores
         self.tokens_left -= count
         blocks = sequence.table.blocks[: self.blocks.blocks_for(end)]
         part = Part(sequence.tokens[start:end], start, blocks, num_scores, unit.prompt_length)
@@ -390,8 +391,7 @@ class _Step:
         entries, needed, found = [], 0, set()
         size = self.blocks.block_size
         for number, sequence in enumerate(unit.sequences):
-            # The last token is computed in any case, as its scores are wanted.
-            most = 0 if unit.wants_scores else (len(sequence.tokens) - 1) // size
+            most = self._most_shared(unit, sequence)
             shared: list[int] = []
             if self.blocks.shares_prefixes and most:
                 shared = self.blocks.find(self.scheduler._keys_of(unit, sequence)[:most])
@@ -406,10 +406,16 @@ class _Step:
             entries.append(_Entry(shared, leader, length))
         return entries, needed + len(found)
 
+    def _most_shared(self, unit: Unit, sequence: Sequence) -> int:
+        """Number of blocks that need not be computed if they are known: those before the first token whose scores are
+        wanted."""
+        last = len(sequence.tokens) - 1
+        return (last if unit.first_score is None else unit.first_score) // self.blocks.block_size
+
     def _waits_for_others(self, unit: Unit, entries: list[_Entry]) -> bool:
         """Whether the block after those that a unit finds is just being computed."""
         sequence, length = unit.sequences[0], entries[0].num_shared
-        if unit.wants_scores or length >= (len(sequence.tokens) - 1) // self.blocks.block_size:
+        if length >= self._most_shared(unit, sequence):
             return False
         return bool(self.blocks.shares_prefixes and sequence.keys[length] in self.scheduler._coming)
 

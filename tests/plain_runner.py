@@ -37,5 +37,5 @@ class PlainRunner:
             if part.num_scores:
                 ids = self.tokens[part.blocks].flatten()[:end]
                 hidden_TC = self.served.model(ids[None])[0, end - part.num_scores :]
-                scores.append(self.served.model.logits(hidden_TC)[:, : self.served.tokenizer.vocab_size].float())
-        return torch.cat(scores) if scores else torch.empty(0, self.served.tokenizer.vocab_size)
+                scores.append(self.served.model.logits(hidden_TC).float())
+        return torch.cat(scores) if scores else torch.empty(0, self.served.model.config.vocab_size)

@@ -15,7 +15,7 @@ from serving import local
 from serving.engine import Engine
 from serving.generation import generate as plain_tokens
 from serving.loading import load
-from serving.requests import Piece
+from serving.requests import Piece, Request
 from tests.unit.test_chat import complete, folder, talk, tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 
@@ -138,7 +138,7 @@ class Busy:
 def test_ctrl_c_waits_for_the_end_of_a_step():
     engine, pieces = Busy(), []
     with pytest.raises(KeyboardInterrupt):
-        for piece in local.pieces_of(engine, [type("R", (), {"id": "a"})()]):
+        for piece in local.pieces_of(engine, [Request("a", (1,))]):
             pieces.append(piece)
     assert engine.steps == 100 and len(pieces) == 3 and not engine.open
 

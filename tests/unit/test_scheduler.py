@@ -75,7 +75,7 @@ class World:
         limit, is_search = len(prompt) + draw(0, 3 * self.size), bool(draw(0, 1)) and width > 1
         if self.scheduler.fits(len(prompt), limit, width if is_search else 1):
             unit = Unit((self.arrived, 0), [Sequence(prompt)], limit, width, self.random.choice([None, "a", "b"]),
-                        not draw(0, 4), is_search)  # fmt: skip
+                        None if draw(0, 4) else draw(0, len(prompt) - 1), is_search)  # fmt: skip
             self.arrived += 1
             self.alive.append(unit)
             self.scheduler.add(unit)
@@ -107,8 +107,11 @@ class World:
         assert sum(len(part.tokens) for part in parts) <= self.scheduler.tokens_a_step
         assert sum(unit.num_places for unit in self.scheduler.running) <= self.max_running
         for unit, _, part in planned.owners:
-            assert part.num_scores == len(part.tokens) or not unit.wants_scores
-        assert sum(p.num_scores for u, _, p in planned.owners if u.wants_scores) <= self.scheduler.scores_a_step
+            if unit.first_score is not None:
+                end = part.start + len(part.tokens)
+                assert part.num_scores == len(range(max(part.start, unit.first_score), end))
+        wanted = [part.num_scores for unit, _, part in planned.owners if unit.first_score is not None]
+        assert sum(wanted) <= self.scheduler.scores_a_step
         self.check_tables()
         self.pool.run(planned)
         done: dict[Unit, int] = {}
