@@ -24,6 +24,7 @@ stopping.py         requests to stop, and the ranks' looks for them
 samples.py          texts that the model writes after a validation
 rates.py            a warning of learning rates that ruin a large model
 meter.py            figures of the steps since the last record
+energy.py           counters of the run's energy
 profile_steps.py    traces of some steps
 summary.py          the last lines of a run
 launching.py        --nproc: the command on several processes of this machine

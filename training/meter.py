@@ -2,15 +2,19 @@
 
 import time
 
+from utils.energy import EnergyMeter
+
 
 class StepMeter:
     """Counts steps, seconds, samples and their digest between two log lines.
 
     Args:
         first_sample: position of the next sample in the stream.
+        energy: counts the whole time, of validations and saves, too.
     """
 
-    def __init__(self, first_sample: int):
+    def __init__(self, first_sample: int, energy: EnergyMeter | None = None):
+        self._energy = energy
         self._restart(first_sample)
 
     def _restart(self, first_sample: int) -> None:
@@ -38,8 +42,8 @@ class StepMeter:
         self._started += seconds
 
     def read(self) -> dict:
-        """Means a step since the last reading (dt, data_wait and comm_wait, seconds; tokens), samples and digest; then
-        start anew."""
+        """Means a step since the last reading (dt, data_wait and comm_wait, seconds; tokens), samples and digest, and
+        the energy of all these steps (joules) if there are counters; then start anew."""
         reading = {
             "dt": (time.perf_counter() - self._started) / self._steps,
             "tokens": self._tokens / self._steps,
@@ -48,5 +52,7 @@ class StepMeter:
             "samples": [self._first, self._next - 1],
             "digest": f"{self._digest:016x}",
         }
+        if self._energy is not None and (joules := self._energy.read()) is not None:
+            reading["energy_j"] = joules
         self._restart(self._next)
         return reading

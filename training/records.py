@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from utils.machine import commit_of, cpu_name
 logger = logging.getLogger(__name__)
 
 
-def start_records(built: Built) -> tuple[ResLog | None, Flops]:
+def start_records(built: Built, energy_counters: Sequence[str] = ()) -> tuple[ResLog | None, Flops]:
     """Describe the run, set superseded checkpoints aside, and write the configuration and the start record.
 
+    Args:
+        energy_counters: names of those whose energy the records will have.
     Returns:
         the results' file, on the first rank alone; the basis of MFU.
     """
@@ -40,7 +43,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
         run_dir.saver.prune(step)
         exits.clear_gone_ranks(run_dir.paths.exit_dir, context.world_size)
-        _write_start(built, reslog, counted)
+        _write_start(built, reslog, counted, energy_counters)
     return reslog, counted
 
 
@@ -52,7 +55,7 @@ def _open_sinks(config: Config, out_dir: Path, step: int) -> Sinks | None:
     return open_sinks(out_dir, step, run.tensorboard, run.wandb_project, run.wandb_mode, flatten(config))
 
 
-def _write_start(built: Built, reslog: ResLog | None, counted: Flops) -> None:
+def _write_start(built: Built, reslog: ResLog | None, counted: Flops, energy_counters: Sequence[str]) -> None:
     config, run_dir, derived, progress = built.config, built.run_dir, built.derived, built.progress
     changed = changes_since(config, run_dir.paths.config) if run_dir.resumed_from else {}
     for name, (before, now) in changed.items():
@@ -85,6 +88,7 @@ def _write_start(built: Built, reslog: ResLog | None, counted: Flops) -> None:
         changed=changed,
         device=device_name(built.context.device),
         **counted.record(),
+        energy_counters=list(energy_counters),
         versions={"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         commit=commit_of(environment.ROOT),
     )

@@ -22,6 +22,7 @@ from runs import exits
 from training import report
 from training.build import build
 from training.config import Config
+from training.energy import open_energy
 from training.meter import StepMeter
 from training.progress import Unlogged
 from training.records import start_records
@@ -60,7 +61,8 @@ class Trainer:
         self.step_seconds = math.inf
         with ExitStack() as resources:
             built = self.built = build(config, given, context, data_dirs, lambda: stop.requested, resources)
-            self.reslog, self.flops = start_records(built)
+            energy = open_energy(context)
+            self.reslog, self.flops = start_records(built, energy.names)
             # Data and DPO's reference are ready: training begins here.
             self.launched = time.perf_counter()
             # From now on, released at the end; before, by the ExitStack if anything fails.
@@ -71,7 +73,7 @@ class Trainer:
         self.heartbeat = built.run_dir.heartbeat
         self.stopping = Stopping(stop, built.run_dir, context, looks_for_file=not self.config.run.valid_only)
         self.samples = Samples(built)
-        self.meter, self.first_step = StepMeter(self.progress.samples_consumed), self.progress.step
+        self.meter, self.first_step = StepMeter(self.progress.samples_consumed, energy), self.progress.step
         self.saves = Saves(built, self.reslog, self._untimed)
 
     def train(self) -> int:

@@ -30,8 +30,8 @@ def cost(runs: Sequence[Run]) -> Section:
     blocks.append(
         Text(
             "FLOPs are those of forward and backward passes by the strict formula (model/flops.py), of steps that "
-            "stand and of those done again. Energy is what counters showed, of the processors and devices that they "
-            "know; without counters there is no figure."
+            "stand and of those done again. Energy is what counters of the first machine showed; without "
+            "counters there is no figure."
         )
     )
     return Section("Cost", blocks)
@@ -50,7 +50,6 @@ def _costs(run: Run) -> dict[str, str]:
         rate = f"{tokens / training:,.0f}"
     mfu = run.snapshot.tables.get("train", {}).get("mfu")
     usable = [value for value in mfu.tolist() if math.isfinite(value)] if mfu is not None else []
-    energy = [launch.energy for launch in run.launches if launch.energy is not None]
     return {
         "tokens read": "–" if tokens is None else f"{tokens:,.0f}",
         "wall time, first record to last": duration(spent.wall) if run.launches else NOT_RECORDED,
@@ -61,8 +60,21 @@ def _costs(run: Run) -> dict[str, str]:
         "MFU, median": f"{100 * statistics.median(usable):.1f}%" if usable else NOT_RECORDED,
         "processes": listed(dict.fromkeys(str(one.start.get("world_size", "?")) for one in run.launches)) or "–",
         "device": _devices(run.launches),
-        "energy": amount(sum(energy), "J") + f" ({sum(energy) / 3.6e6:.3g} kWh)" if energy else "no counter recorded",
+        "energy": _energy(run.launches),
     }
+
+
+def _energy(launches: Sequence[Launch]) -> str:
+    """What the counters showed, and which they are."""
+    found = [launch for launch in launches if launch.energy is not None]
+    if not found:
+        return "no counter recorded"
+    joules = sum(launch.energy or 0.0 for launch in found)
+    lists = [launch.start.get("energy_counters") for launch in found]
+    names = dict.fromkeys(str(name) for names in lists if isinstance(names, list) for name in names)
+    told = f"{amount(joules, 'J')} ({joules / 3.6e6:.3g} kWh)"
+    told += f", of {len(found)} of {len(launches)} launches" if len(found) < len(launches) else ""
+    return told + (f", of {listed(names)}" if names else "")
 
 
 def _devices(launches: Sequence[Launch]) -> str:
