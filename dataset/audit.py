@@ -8,7 +8,8 @@ launch repeated are superseded), across crashes, resumes and changes of world si
 
 - the positions follow one another without gap or overlap, from 0 to the last step, with the due number in each step;
 - each launch began exactly at its checkpoint;
-- every digest equals the one that follows from the order, (seed, position) -> sample, and the `.bin` files.
+- every digest equals the one that follows from the order, (seed, position) -> sample, and the `.bin` files;
+- a mixture goes on, in every source, where the one before has stopped.
 
 The order visits every sample once per epoch. So if each position was taken once, each sample was taken once per
 epoch.
@@ -34,8 +35,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.loader import rows_digest
-from dataset.opening import TaskDataset, kind_of, open_dataset
-from dataset.order import sample_at
+from dataset.mixture import MixtureDataset, given_before
+from dataset.mixture_spec import directories_of, is_mixture
+from dataset.opening import TaskDataset, kind_of, mixture_of_record, open_dataset
 from dataset.trained_on import read_trained_on
 from runs.layout import RESLOG_NAME, RunPaths
 from runs.reslog import count_launches, read_reslog
@@ -67,7 +69,7 @@ def recomputed_digest(dataset: TaskDataset, seed: int, first: int, last: int) ->
     total = 0
     for start in range(first, last + 1, _ROWS_AT_ONCE):
         positions = np.arange(start, min(start + _ROWS_AT_ONCE, last + 1), dtype=np.int64)
-        sample_ids = sample_at(seed, positions, len(dataset))
+        sample_ids = dataset.ids_at(seed, positions)
         total += rows_digest(sample_ids, dataset.input_rows(sample_ids))
     return total % (1 << 64)
 
@@ -88,7 +90,7 @@ class _Walk:
 
     def _take_start(self, start: dict) -> None:
         before, self._start = self._start, start
-        same_stream = before is not None and all(before[key] == start[key] for key in ("seed", "data"))
+        same_stream = before is not None and self._goes_on(before, start)
         if start["step"] != self._step:
             self._find(
                 f"launch {start['attempt']} begins after step {start['step']}, but the records that stand end with "
@@ -106,11 +108,44 @@ class _Walk:
             )
         self._step, self._next = start["step"], start["samples_consumed"]
         self.audit.world_sizes.append(start["world_size"])
-        if not same_stream:
-            dataset = self._datasets[start["data"]]
+        dataset = self._datasets[start["data"]]
+        if isinstance(dataset, MixtureDataset):
+            dataset.take(start["mixture"])
+        if not same_stream or before is None or before.get("mixture") != start.get("mixture"):
             self.audit.segments.append(
                 f"from step {start['step']}: seed {start['seed']}, {dataset.description()} ({start['data'][:12]})"
             )
+
+    def _goes_on(self, before: dict, start: dict) -> bool:
+        """Whether a launch goes on with the stream of the one before."""
+        if before["seed"] != start["seed"]:
+            return False
+        if "mixture" not in start:
+            return before["data"] == start["data"] and "mixture" not in before
+        if start["samples_consumed"] == 0 and self._next:
+            return False
+        given = given_before(before, self._next)
+        marks = [source["fingerprint"] for source in start["mixture"]["sources"]]
+        taken_up = given_before(start, self._next) if before.get("mixture") != start["mixture"] else given
+        for mark in marks:
+            if taken_up.get(mark, 0) != given.get(mark, 0):
+                self._find(
+                    f"launch {start['attempt']} goes on in source {mark[:12]} at its sample {taken_up.get(mark, 0)}, "
+                    f"where {given.get(mark, 0)} were given before"
+                )
+        return True
+
+    def close(self) -> None:
+        """Note what each source has given."""
+        if self._start is None or "mixture" not in self._start:
+            return
+        counts = given_before(self._start, self._next)
+        total = max(1, sum(counts.values()))
+        told = [
+            f"{source['name']} {counts[source['fingerprint']]:,} ({counts[source['fingerprint']] / total:.2%})"
+            for source in self._start["mixture"]["sources"]
+        ]
+        self.audit.segments.append(f"samples of each source: {', '.join(told)}")
 
     def _take_step(self, record: dict) -> None:
         first, last = record["samples"]
@@ -154,7 +189,10 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
     layouts = {(start["max_seq_len"], start["packing"]) for start in starts}
     datasets: dict[str, TaskDataset] = {}
     problems = []
-    for directory in [run.dirs["train"], *data_dirs]:
+    own = run.dirs["train"]
+    # A run may have begun with one of a mixture's directories.
+    before = directories_of(own) if is_mixture(own) else []
+    for directory in [own, *before, *data_dirs]:
         for length, packing in layouts:
             try:
                 dataset = open_dataset(kind_of(directory), directory, "train", length, packing=packing)
@@ -162,6 +200,15 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
                 problems.append(str(error))
             else:
                 datasets[dataset.fingerprint] = dataset
+    for start in starts:
+        # A file that names a mixture may have changed since; the record says what it named.
+        if "mixture" in start and start["data"] not in datasets:
+            try:
+                mixture = mixture_of_record(start, own)
+            except ValueError as error:
+                problems.append(str(error))
+            else:
+                datasets[mixture.fingerprint] = mixture
     missing = {start["data"] for start in starts} - set(datasets)
     if missing:
         reason = f": {problems[0]}" if problems else ""
@@ -172,6 +219,7 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
     walk = _Walk(datasets)
     for record in tqdm(records, unit="record", desc="auditing", disable=not show_progress or None):
         walk.take(record)
+    walk.close()
     return walk.audit
 
 

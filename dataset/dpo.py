@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dataset.order import sample_at
 from dataset.pretrain import as_tensors
 from dataset.sequences import SequenceSet
 from dataset.sft import padded
@@ -47,6 +48,10 @@ class DPODataset:
             f"{len(self):,} pairs of {tokens / len(self.sequences):,.0f} tokens an answer with its prompt on average, "
             f"{self.sequences.supervised_tokens / tokens:.0%} of the tokens in answers"
         )
+
+    def ids_at(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        """Ids of the samples at positions of the run's stream."""
+        return sample_at(seed, positions, len(self))
 
     def longest(self) -> int:
         """Number of a pair with one of the longest answers."""

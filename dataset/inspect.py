@@ -4,6 +4,8 @@ python -m dataset.inspect RUN_OR_DIR                  statistics
 python -m dataset.inspect RUN_OR_DIR --sample N       also sample N, decoded, with its documents and their files
 python -m dataset.inspect RUN --position P            also the sample that the run takes at position P of its stream
 python -m dataset.inspect RUN_OR_DIR --verify         read all tokens, and compare them with the shards' checksums
+
+A mixture (mixture_spec.py) is shown source by source, a position of it in the source that it comes from.
 """
 
 import sys
@@ -31,11 +33,14 @@ from dataset.format import (
     read_index,
     require_pretokenized,
 )
-from dataset.opening import kind_of
+from dataset.mixture_spec import is_mixture, read_mixture
+from dataset.opening import kind_of, mixture_of_record
 from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.sequences import read_manifest
 from dataset.trained_on import is_run, read_trained_on
+from runs.layout import RunPaths
+from runs.reslog import read_reslog
 from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
 from utils.paths import a_path, absent
@@ -209,6 +214,57 @@ def open_inspection(
     return Inspection(path, split, length, load_tokenizer(tokenizer_dir or path / "tokenizer")), None
 
 
+def mixture_of(path: Path, split: str) -> Path | None:
+    """The mixture that a run was trained on, or that a path stands for; None: it is a directory."""
+    found = read_trained_on(path).dirs[split] if is_run(path) else path
+    return found if is_mixture(found) else None
+
+
+def place_in_mixture(run_dir: Path, position: int) -> tuple[str, Path, int]:
+    """Name and directory of the source that stands at a position of a run's stream, and the number of its sample.
+
+    Raises:
+        ValueError: the stream has no such position.
+    """
+    run = read_trained_on(run_dir)
+    records = read_reslog(RunPaths(run_dir).reslog)
+    # A later launch may have begun again at an earlier position.
+    starts = [r for r in records if r["name"] == "start" and "mixture" in r and r["samples_consumed"] <= position]
+    if not starts or position < 0:
+        raise ValueError(f"position {position} of {run_dir} lies before its mixture: give the directory and --seed")
+    mixture = mixture_of_record(starts[-1], run.dirs["train"])
+    mixture.take(starts[-1]["mixture"])
+    ids = mixture.ids_at(run.seed, np.array([position]))
+    if ids[0] < 0:
+        raise ValueError(f"the mixture of {run_dir} ends before position {position}")
+    number = int(mixture.sources_of(ids)[0])
+    source, before = mixture.spec.sources[number], sum(len(part) for part in mixture.parts[:number])
+    return source.name, source.path, int(ids[0]) - before
+
+
+def look_at_mixture(
+    path: Path, mixture: Path, split: str, max_seq_len: int, tokenizer_dir: str | None, verify: bool,
+    position: int | None,
+) -> Iterator[str]:  # fmt: skip
+    """Lines about a mixture: all of its sources, or the sample at a position.
+
+    Raises:
+        ValueError: see Inspection.
+    """
+    length = max_seq_len or (read_trained_on(path).max_seq_len if is_run(path) else 0)
+    if position is None:
+        for source in read_mixture(mixture).sources:
+            yield f"source {source.name}, {source.path}"
+            inspection, _ = open_inspection(source.path, split, length, tokenizer_dir)
+            yield from inspection.verify() if verify else inspection.statistics()
+        return
+    if not is_run(path):
+        raise ValueError(f"--position of a mixture needs a run, which knows its shares: {path} is none")
+    name, directory, sample = place_in_mixture(path, position)
+    yield f"position {position} is sample {sample} of {name}, {directory}"
+    yield from open_inspection(directory, split, length, tokenizer_dir)[0].sample(sample)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
     parser.add_argument("path", type=a_path, help="run directory, or directory with .bin and .ibin files")
@@ -223,6 +279,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="key of the order, for --position in a data directory")
     args = parser.parse_args(argv)
     try:
+        if mixture := mixture_of(Path(args.path), args.split):
+            if args.sample is not None:
+                raise ValueError(f"{mixture} is a mixture: give the directory of the source whose sample you mean")
+            if args.position is not None and args.split != "train":
+                raise ValueError("--position is of the train set's stream: leave out --split")
+            lines = look_at_mixture(
+                Path(args.path), mixture, args.split, args.max_seq_len, args.tokenizer_dir, args.verify, args.position
+            )
+            print("\n".join(list(lines)))
+            return 0
         inspection, seed = open_inspection(Path(args.path), args.split, args.max_seq_len, args.tokenizer_dir)
         chosen = args.sample
         if args.position is not None:

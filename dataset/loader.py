@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dataset.order import sample_at
 from dataset.pretrain import as_tensors
 from utils.threads import background_threads
 
@@ -27,6 +26,8 @@ _ORDER_BLOCK = 4096
 
 class Dataset(Protocol):
     def __len__(self) -> int: ...
+
+    def ids_at(self, seed: int, positions: np.ndarray) -> np.ndarray: ...
 
     def collate(self, sample_ids: np.ndarray) -> Batch: ...
 
@@ -101,7 +102,7 @@ class TrainLoader:
         if begin + size > len(self._block):
             # Many positions at once: for a few, computing the order costs more than reading the rows.
             positions = first + np.arange(max(size, _ORDER_BLOCK), dtype=np.int64)
-            self._block_start, self._block = first, sample_at(self.seed, positions, len(self.dataset))
+            self._block_start, self._block = first, self.dataset.ids_at(self.seed, positions)
             begin = 0
         return first, self._block[begin : begin + size]
 

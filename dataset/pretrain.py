@@ -19,6 +19,7 @@ from dataset.format import (
     read_index,
     require_made_with,
 )
+from dataset.order import sample_at
 from utils.files import sha256_of_file
 
 if TYPE_CHECKING:
@@ -129,15 +130,24 @@ class PretrainDataset:
             )
         return out
 
-    def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
-        """Batch of the given samples.
+    def ids_at(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        """Ids of the samples at positions of the run's stream."""
+        return sample_at(seed, positions, len(self))
 
+    def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
+        """Batch of the given samples; see `batch_of`."""
+        return self.batch_of(self.read_rows(sample_ids), sample_ids)
+
+    def batch_of(self, tokens: np.ndarray, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
+        """Batch of samples that were read.
+
+        Args:
+            tokens: (B, T + 1), see `read_rows`.
         Returns:
             input_ids (B, T) int64; labels (B, T) int64, IGNORE_INDEX where not supervised; positions (B, T) int64;
             with document_mask also document_ids (B, T) int64, equal where two tokens share a document;
             sample_ids (B,) int64.
         """
-        tokens = self.read_rows(sample_ids)
         input_ids, labels = tokens[:, :-1], tokens[:, 1:].copy()
         batch = {"input_ids": input_ids.copy(), "sample_ids": sample_ids.copy()}
         columns = np.broadcast_to(np.arange(self.max_seq_len), input_ids.shape)

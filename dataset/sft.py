@@ -69,6 +69,10 @@ class SFTDataset:
         rows = f"{len(self):,} rows of {self.max_seq_len} positions that are {full:.1%} full"
         return f"{count:,} sequences packed into {rows}, {share}"
 
+    def ids_at(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        """Ids of the samples at positions of the run's stream."""
+        return sample_at(seed, positions, len(self))
+
     def longest(self) -> int:
         """Number of a sample that takes the most positions."""
         lengths = self.sequences.lengths - 1

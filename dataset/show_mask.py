@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from data_preprocess.mask_compiler import TrainingSample
 from data_preprocess.readers import BadRecord, Record, holds_records, place, plan_units, read_unit, well_known_endings
 from data_preprocess.record_compiler import (
@@ -35,8 +37,8 @@ from data_preprocess.record_compiler import (
 )
 from data_preprocess.sequence_job import record_corpus
 from dataset.format import MANIFEST_NAME, SPLITS
+from dataset.mixture import MixtureDataset
 from dataset.opening import kind_of, open_dataset
-from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from dataset.sequences import SequenceSet, read_manifest
 from dataset.trained_on import TrainedOn, is_run, read_trained_on
@@ -160,9 +162,9 @@ def sequences_at(run: TrainedOn, position: int) -> Iterator[Shown]:
         ValueError: the run has another task, or there is no such position.
     """
     dataset = open_dataset(kind_of(run.dirs["train"]), run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
-    if isinstance(dataset, PretrainDataset):
+    if isinstance(dataset, PretrainDataset | MixtureDataset):
         raise ValueError("the run was pretrained: look at its samples with `python -m dataset.inspect`")
-    sample = int(sample_at(run.seed, position, len(dataset)))
+    sample = int(dataset.ids_at(run.seed, np.array(position)))
     yield from (_shown(dataset.sequences, number) for number in dataset.members(sample))
 
 

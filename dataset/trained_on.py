@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataset.mixture_spec import directories_of
 from runs.layout import CONFIG_NAME, RunPaths
 from utils.small_files import parse_yaml
 
@@ -36,9 +37,9 @@ def read_trained_on(run_dir: Path) -> TrainedOn:
         config: Any = parse_yaml(RunPaths(run_dir).config.read_bytes())
         # These are the directories of the tokens, which lie elsewhere if raw records were given.
         dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
+        tokenizer_dir = Path(config["tokenizer_dir"] or directories_of(dirs["train"])[0] / "tokenizer")
         return TrainedOn(
-            dirs, config["max_seq_len"], Path(config["tokenizer_dir"] or dirs["train"] / "tokenizer"), config["seed"],
-            config["task_type"], config["packing"],
+            dirs, config["max_seq_len"], tokenizer_dir, config["seed"], config["task_type"], config["packing"]
         )  # fmt: skip
     except (FileNotFoundError, NotADirectoryError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{run_dir} is not a run directory: {CONFIG_NAME} cannot be read ({error})") from None

@@ -489,14 +489,19 @@ class Decoder(nn.Module):
             return self._from_last(lambda: self.lm_head(hidden), lambda: hidden.new_empty(shape))
         return self.lm_head(hidden)
 
-    def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    def loss_sum(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0, told: Tensor | None = None
+    ) -> Tensor:
         """Sum of the supervised tokens' cross entropies; see Head.loss_sum."""
         if self.relay is not None:
-            return self._from_last(
-                lambda: self.lm_head.loss_sum(hidden, labels, grad_scale),
+            loss_sum = self._from_last(
+                lambda: self.lm_head.loss_sum(hidden, labels, grad_scale, told),
                 lambda: hidden.new_empty((), dtype=torch.float32),
             )
-        return self.lm_head.loss_sum(hidden, labels, grad_scale)
+            if told is not None:
+                told.copy_(self._from_last(told.clone, lambda: torch.empty_like(told)))
+            return loss_sum
+        return self.lm_head.loss_sum(hidden, labels, grad_scale, told)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label; see Head.token_logprobs."""

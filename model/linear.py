@@ -107,7 +107,9 @@ class Head(Linear):
         """Scores (..., V) of hidden states (..., C)."""
         return F.linear(hidden, self.rows())
 
-    def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    def loss_sum(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0, told: Tensor | None = None
+    ) -> Tensor:
         """Sum of the supervised tokens' cross entropies, a float32 scalar.
 
         Args:
@@ -115,8 +117,9 @@ class Head(Linear):
             labels: (...) int64.
             grad_scale: the factor by which the sum will be multiplied before its backward pass; float16 needs to know
                 it beforehand.
+            told: float32, one place for each label, filled with its loss, without gradient: 0 where not supervised.
         """
-        return self.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale)
+        return self.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale, told=told)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label, float32 (N,); 0 for labels that are not supervised."""

@@ -62,7 +62,7 @@ class Ops:
     """SwiGLU of gate and up side by side, which then come out of one matmul; None: two matmuls."""
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts.experts_reference
     loss_sum: Callable[..., Tensor] = fused_loss.plain_loss_sum
-    """(hidden, head's weight, labels, grad_scale=1.0) -> sum of the losses; the scale: see linear_cross_entropy_sum."""
+    """(hidden, head's weight, labels, grad_scale=1.0, told=None) -> sum of the losses; see linear_cross_entropy_sum."""
     token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = fused_loss.plain_token_logprobs
     """(hidden, head's weight, labels) -> log-probability of each label."""
     causal: Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor] = attention.sdpa_causal

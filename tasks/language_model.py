@@ -3,6 +3,7 @@
 import math
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from model import Decoder
@@ -23,6 +24,8 @@ class LanguageModelTask(Task):
     def __init__(self, model: Decoder, dropout_seed: int, byte_lengths: Tensor):
         super().__init__(model, dropout_seed)
         self.byte_lengths = byte_lengths
+        self.sources: tuple[str, ...] = ()
+        """Names of a mixture's sources, by the numbers in batch["sources"]: each has a loss of its own in the log."""
 
     @classmethod
     def build(cls, model: Decoder, dropout_seed: int, byte_lengths: Tensor, options: None) -> Self:
@@ -30,8 +33,9 @@ class LanguageModelTask(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """None while training."""
-        return () if self.model.training else ("text_bytes",)
+        """While training, only the sources' own."""
+        own = [f"{what}/{name}" for what in ("loss", "tokens") for name in self.sources]
+        return tuple(own) if self.model.training else ("text_bytes", *own)
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens."""
@@ -41,14 +45,30 @@ class LanguageModelTask(Task):
         """Sum of the supervised tokens' losses in float32, their number, and bytes of their text."""
         labels, hidden = select_supervised(batch, hidden_BTC)
         is_supervised = labels != IGNORE_INDEX
-        sums = [self.model.loss_sum(hidden, labels, self.grad_scale), is_supervised.sum()]
+        told = hidden.new_empty(labels.numel(), dtype=torch.float32) if self.sources else None
+        sums = [self.model.loss_sum(hidden, labels, self.grad_scale, told), is_supervised.sum()]
         if not self.model.training:
             sums.append(self.byte_lengths[labels[is_supervised]].sum())
+        if told is not None:
+            sums += self._by_source(told, is_supervised, batch)
         loss_sum, count, *metrics = self.of_rows(*sums)
         return loss_sum, count, dict(zip(self.metric_names, metrics))
+
+    def _by_source(self, losses_N: Tensor, is_supervised: Tensor, batch: Batch) -> list[Tensor]:
+        """Sum of the losses of each source, then its supervised tokens: of this process' positions."""
+        width = batch["input_ids"].shape[1]
+        of_N = batch["sources"].repeat_interleave(width)
+        if "supervised" in batch:
+            of_N = of_N[batch["supervised"]]
+        # Not scatter-add, whose order of additions varies on a GPU.
+        mine_SN = (of_N == torch.arange(len(self.sources), device=of_N.device)[:, None]) & is_supervised.flatten()
+        return [*torch.where(mine_SN, losses_N.double(), 0.0).sum(1).unbind(), *mine_SN.sum(1).unbind()]
 
     def figures(self, loss_sum: float, count: float, sums: dict[str, float]) -> dict[str, float]:
         figures = {"loss": loss_sum / count}
         if "text_bytes" in sums:
             figures["bits_per_byte"] = loss_sum / math.log(2) / sums["text_bytes"]
+        for name in self.sources:
+            if tokens := sums[f"tokens/{name}"]:
+                figures[f"loss/{name}"] = sums[f"loss/{name}"] / tokens
         return figures

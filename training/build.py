@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.folder import read_trainer_state
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
+from dataset.mixture import MixtureDataset
 from dataset.sft import widened
 from model import Decoder, ModelConfig
 from model.adapters import folder
@@ -29,6 +31,7 @@ from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh, plan_mesh
 from parallel.stages import Stages
 from runs.sinks import check_sinks
+from tasks.language_model import LanguageModelTask
 from tasks.task import Task
 from training.adapter import Adapter
 from training.batch import choose_batch
@@ -176,6 +179,13 @@ def build(
         division = cutter.division if cutter is not None else None
         progress, left_out = load_checkpoint(config, context, run_dir, data, engine, division)
         derived = resolve(config, mesh.data_size, len(data.train), progress.step, progress.samples_consumed)
+    if isinstance(data.train, MixtureDataset):
+        assert isinstance(task, LanguageModelTask)
+        task.sources = tuple(data.train.names)
+        before = None
+        if is_resumed and progress.samples_consumed:
+            before = read_trainer_state(run_dir.resumed_from)["stream"]
+        data.train.arrange(derived.max_iters * derived.global_batch_size, progress.samples_consumed, before)
     loader = TrainLoader(
         data.train, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,
         mesh.data_rank, mesh.data_size, progress.samples_consumed, config.data.num_workers,

@@ -12,10 +12,13 @@ from configurator import is_open
 from data_preprocess.raw_records import check_options, tokenize_online
 from data_preprocess.record_compiler import CompilerOptions
 from dataset.config import DataConfig
+from dataset.dpo import DPODataset
 from dataset.format import MANIFEST_NAME
+from dataset.mixture import MixtureDataset
+from dataset.mixture_spec import directories_of, is_mixture
 from dataset.opening import TaskDataset, open_dataset
-from dataset.pretrain import PretrainDataset
 from dataset.sequences import read_manifest
+from dataset.sft import SFTDataset
 from model import hf
 from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
@@ -56,7 +59,7 @@ def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> Data
         return data
     wished, directory = data.max_seq_len, Path(data.train_data_dir or data.data_dir)
     if not run.task.reads_records:
-        found, why = _indexed_length(directory, wished), f"as the index in {directory} is for that"
+        found, why = _indexed_length(directories_of(directory), wished), f"as the index in {directory} is for that"
     elif (directory / MANIFEST_NAME).exists():
         made_with = read_manifest(directory).get("options", {}).get("max_seq_len", wished)
         found, why = made_with, f"as {directory} was pretokenized for that"
@@ -74,16 +77,26 @@ def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> Data
     return replace(data, max_seq_len=found)
 
 
-def _indexed_length(directory: Path, wished: int) -> int:
-    """Tokens of a sample that pretraining data has an index for; the wished number, if it is among several."""
-    names = [re.fullmatch(r"train-([1-9][0-9]*)\.ibin", path.name) for path in directory.glob("train-*.ibin")]
-    lengths = sorted(int(match[1]) for match in names if match)
+def _indexed_length(directories: Sequence[Path], wished: int) -> int:
+    """Tokens of a sample that pretraining data has an index for; the wished number, if it is among several.
+
+    Args:
+        directories: all of them must have it.
+    """
+    found = []
+    for directory in directories:
+        names = [re.fullmatch(r"train-([1-9][0-9]*)\.ibin", path.name) for path in directory.glob("train-*.ibin")]
+        found.append({int(match[1]) for match in names if match})
+    lengths = sorted(set.intersection(*found))
     if not lengths or wished in lengths:
         return wished
     if len(lengths) > 1:
         raise ValueError(
-            f"{directory} has an index for samples of {', '.join(map(str, lengths[:-1]))} and of {lengths[-1]} tokens: "
-            f"say which with --max_seq_len"
+            f"{' and '.join(map(str, directories))} have an index for samples of "
+            f"{', '.join(map(str, lengths[:-1]))} and of {lengths[-1]} tokens: say which with --max_seq_len"
+            if len(directories) > 1
+            else f"{directories[0]} has an index for samples of {', '.join(map(str, lengths[:-1]))} and of "
+            f"{lengths[-1]} tokens: say which with --max_seq_len"
         )
     return lengths[0]
 
@@ -109,6 +122,10 @@ def prepare_data(
     )  # fmt: skip
     chosen = {}
     for split, directory in dirs.items():
+        if is_mixture(directory):
+            raise ValueError(
+                f"{directory} is a mixture, which pretraining takes alone: put the records into one directory"
+            )
         if (directory / MANIFEST_NAME).exists():
             chosen[split] = directory
         elif split == "valid" and not data.valid_data_dir:
@@ -223,7 +240,7 @@ def open_data(
     task = run.task
     how = (data.max_seq_len, data.document_mask, data.packing)
     train, valid = open_dataset(task.dataset, dirs["train"], "train", *how), None
-    tokenizer = load_tokenizer(data.tokenizer_dir or dirs["train"] / "tokenizer")
+    tokenizer = load_tokenizer(data.tokenizer_dir or directories_of(dirs["train"])[0] / "tokenizer")
     train.check(tokenizer.fingerprint, data.valid_ratio)
     if train.valid_ratio > 0 or data.valid_data_dir:
         valid = open_dataset(task.dataset, dirs["valid"], "valid", *how)
@@ -234,7 +251,7 @@ def open_data(
     if task.reads_records:
         _require_one_template([dirs[split] for split, one in (("train", train), ("valid", valid)) if one], tokenizer)
     for dataset in datasets:
-        if not isinstance(dataset, PretrainDataset):
+        if isinstance(dataset, SFTDataset | DPODataset):
             # Small enough to be read once before training. For pretraining data there is `dataset.inspect --verify`.
             _once_a_store(dataset.sequences.check_content, context, place)
         elif data.verify_data:
@@ -265,5 +282,11 @@ def _once_a_store(check: Callable[[], object], context: DistContext, place: Stor
 
 
 def order_of_samples(seed: int, data: Data) -> dict:
-    """Values that decide the order of the samples."""
+    """Values that decide the order of the samples in each source."""
     return {"seed": seed, "data": data.train.fingerprint, "max_seq_len": data.train.max_seq_len}
+
+
+def stream_of(seed: int, data: Data) -> dict:
+    """Values that decide the stream of samples, for records and checkpoints."""
+    more = {"mixture": data.train.state()} if isinstance(data.train, MixtureDataset) else {}
+    return order_of_samples(seed, data) | more

@@ -15,7 +15,7 @@ from runs.reslog import VERSION, ResLog, count_launches
 from runs.sinks import Sinks, open_sinks
 from training.build import Built
 from training.config import Config
-from training.data import order_of_samples
+from training.data import stream_of
 from training.describe import Flops, count_flops, describe
 from utils import environment
 from utils.files import atomic_write
@@ -81,7 +81,7 @@ def _write_start(built: Built, reslog: ResLog | None, counted: Flops, energy_cou
         left_out=built.left_out,
         world_size=world_size,
         dtype=dtype,
-        **order_of_samples(config.run.seed, built.data),
+        **stream_of(config.run.seed, built.data),
         global_batch_size=derived.global_batch_size,
         task=config.run.task_type,
         packing=config.data.packing,

@@ -6,6 +6,7 @@ from pathlib import Path
 from checkpoint.folder import read_trainer_state
 from checkpoint.named import LazyTensors, holds_named_state, load_named_state
 from checkpoint.retention import delete_leftovers
+from dataset.mixture import MixtureDataset
 from parallel import hook_states
 from parallel.comm_hooks import SavedStates
 from parallel.context import DistContext
@@ -62,6 +63,9 @@ def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool
     """Refuse settings that do not fit the state in `path`. Returns whether the samples come in a new order, as
     requested."""
     order = order_of_samples(config.run.seed, data)
+    # A mixture goes on from any data in every source, see MixtureDataset.arrange.
+    if isinstance(data.train, MixtureDataset):
+        del order["data"]
     changed = [name for name, value in order.items() if state["stream"][name] != value]
     if changed and not (config.data.restart_data or config.run.valid_only):
         raise ValueError(

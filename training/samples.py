@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dataset.mixture import MixtureDataset
 from dataset.opening import TaskDataset
 from dataset.pretrain import PretrainDataset
 from serving.generation import generate
@@ -87,7 +88,7 @@ class Samples:
 def beginnings(dataset: TaskDataset, count: int, eod_id: int) -> list[list[int]]:
     """Prompts from texts of a set that lie far apart: the first tokens of a document, or a conversation up to its first
     answer."""
-    if isinstance(dataset, PretrainDataset):
+    if isinstance(dataset, PretrainDataset | MixtureDataset):
         chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64)
         return [_document_of(row, eod_id) for row in dataset.input_rows(chosen)]
     chosen = np.linspace(0, len(dataset.sequences) - 1, min(count, len(dataset.sequences))).astype(np.int64)

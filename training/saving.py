@@ -15,7 +15,7 @@ from model.hf_saved import SavedFile, deal_out, saved_files
 from parallel.engine import Engine
 from training.adapter import Adapter
 from training.build import Built
-from training.data import order_of_samples
+from training.data import stream_of
 from utils.options import parse_size
 
 
@@ -99,7 +99,7 @@ def _trainer_state(built: Built) -> dict:
         "samples_consumed": built.progress.samples_consumed,
         "tokens": built.progress.tokens,
         "validation_due": built.progress.validation_due,
-        "stream": order_of_samples(built.config.run.seed, built.data),
+        "stream": stream_of(built.config.run.seed, built.data),
         "optimizer": built.engine.scalar_state(),
         "world_size": built.context.world_size,
         "mesh": built.mesh.sizes(),

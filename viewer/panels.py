@@ -1,6 +1,6 @@
 """The panels, and which of them a view shows for some runs. To add one, add an entry to one of the tuples below."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from runs.history import Snapshot
@@ -53,6 +53,21 @@ def _pair(key: str, title: str, prefix: str, usual: bool = False) -> Panel:
     return Panel(key, title, curves, usual)
 
 
+def _sources(present: Collection[tuple[str, str]]) -> list[Panel]:
+    """Panels with the losses of a mixture's sources.
+
+    Args:
+        present: (table, metric) of what there is to show.
+    """
+    panels = []
+    for table, title in (("train", "loss by source"), ("valid", "loss by source, validation")):
+        names = sorted(metric for one, metric in present if one == table and metric.startswith("loss/"))
+        if names:
+            curves = tuple(Curve(table, metric, metric.partition("/")[2]) for metric in names)
+            panels.append(Panel(f"{table}_sources", title, curves, usual=True))
+    return panels
+
+
 LEARNING = (
     _both("loss", "loss", usual=True, large=True, by_task=True),
     _both("bits_per_byte", "bits per byte", by_task=True),
@@ -102,8 +117,9 @@ def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
         for metric in columns
         if metric not in _HIDDEN
     }
-    known = {(curve.table, curve.metric) for panel in PANELS for curve in panel.curves}
-    found = [panel for panel in PANELS if any((curve.table, curve.metric) in present for curve in panel.curves)]
+    panels = [*PANELS, *_sources(present)]
+    known = {(curve.table, curve.metric) for panel in panels for curve in panel.curves}
+    found = [panel for panel in panels if any((curve.table, curve.metric) in present for curve in panel.curves)]
     others = sorted(metric for table, metric in present - known if table == "train")
     more = sorted((table, metric) for table, metric in present - known if table != "train")
     more = [(table, metric) for table, metric in more if not (table == "valid" and ("train", metric) in present)]

@@ -165,8 +165,10 @@ class HeadWithRows(nn.Module):
         scores = self.base_layer(hidden, key)
         return scores.index_copy(-1, self.token_adapter.ids, F.linear(hidden, self._trained_rows()))
 
-    def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
-        return self.base_layer.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale)
+    def loss_sum(
+        self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0, told: Tensor | None = None
+    ) -> Tensor:
+        return self.base_layer.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale, told=told)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return self.base_layer.ops.token_logprobs(hidden, self.rows(), labels)

@@ -314,6 +314,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def forward(
         ctx, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float,
         weight_grad: Tensor | None, grad_scale: Tensor, chunk_bytes: int, ops: ChunkOps, with_gradients: bool,
+        told: Tensor | None,
     ) -> Tensor:  # fmt: skip
         needs_dhidden, needs_dweight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden_NC) if needs_dhidden else None
@@ -324,7 +325,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if needs_dweight:
             is_own = weight_grad is None or is_fp16
             dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if is_own else weight_grad
-        losses = hidden_NC.new_empty(len(labels_N), dtype=torch.float32)
+        losses = hidden_NC.new_empty(len(labels_N), dtype=torch.float32) if told is None else told
         for tokens, hidden, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
             if not (needs_dhidden or needs_dweight):
                 losses[tokens] = ops.forward(logits, labels, ignore_index, z_loss)[0]
@@ -363,7 +364,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             if gradient is not None:
                 # In place, as the weight's is large, and unseen by autograd, which would refuse the second pass.
                 gradient.data.mul_(factor)
-        return dhidden, dweight, *(None for _ in range(8))
+        return dhidden, dweight, *(None for _ in range(9))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -424,7 +425,7 @@ def _flat_inputs(hidden: Tensor, weight_VC: Tensor, labels: Tensor) -> tuple[Ten
 def linear_cross_entropy_sum(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0,
     weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
-    use_triton: bool | None = None, ops: ChunkOps | None = None,
+    use_triton: bool | None = None, ops: ChunkOps | None = None, told: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum of the supervised tokens' losses, a float32 scalar. Its backward pass may run twice, as in pipelines that
     take the gradients of inputs and weights apart, if the upstream gradient is the same.
@@ -443,6 +444,7 @@ def linear_cross_entropy_sum(
         chunk_bytes: largest memory of a chunk's logits.
         use_triton: whether chunks use the kernel or plain PyTorch; None: the kernel wherever it is available.
         ops: other operations on a chunk, such as ShardOps.
+        told: float32 (N,), filled with each token's loss, without gradient: 0 where ignored.
     """
     hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
     if weight_grad is not None and (weight_grad.dtype != torch.float32 or weight_grad.shape != weight.shape):
@@ -452,7 +454,7 @@ def linear_cross_entropy_sum(
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
     return _LinearCrossEntropySum.apply(
         hidden_NC, weight, labels_N, ignore_index, z_loss, weight_grad, grad_scale, chunk_bytes,
-        ops or _ops(use_triton, hidden.device), torch.is_grad_enabled(),
+        ops or _ops(use_triton, hidden.device), torch.is_grad_enabled(), told,
     )  # fmt: skip
 
 
@@ -467,9 +469,14 @@ def linear_token_logprobs(
     )
 
 
-def plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+def plain_loss_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0, told: Tensor | None = None
+) -> Tensor:
     """Sum of the losses from whole logits. `grad_scale` has no effect: the backward pass knows its scale."""
-    return cross_entropy_sum(head_scores(hidden, weight), labels)
+    scores = head_scores(hidden, weight)
+    if told is not None:
+        told.copy_(cross_entropy(scores.detach(), labels))
+    return cross_entropy_sum(scores, labels)
 
 
 def plain_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -478,9 +485,11 @@ def plain_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 
 def _in_chunks(use_triton: bool | None = None, ops: ChunkOps | None = None) -> dict[str, Callable]:
-    def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    def loss_sum(
+        hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0, told: Tensor | None = None
+    ) -> Tensor:
         return linear_cross_entropy_sum(
-            hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton, ops=ops
+            hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton, ops=ops, told=told
         )  # fmt: skip
 
     return {"loss_sum": loss_sum, "token_logprobs": partial(linear_token_logprobs, use_triton=use_triton, ops=ops)}
@@ -494,7 +503,13 @@ def on_shards(first: int, exchange: Exchange) -> dict[str, Callable]:
 def _liger() -> dict[str, Callable]:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    def loss_sum(
+        hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0, told: Tensor | None = None
+    ) -> Tensor:
+        if told is not None:
+            # Liger's function keeps them to itself.
+            with torch.no_grad():
+                torch.neg(linear_token_logprobs(hidden, weight, labels), out=told)
         return liger_fused_linear_cross_entropy(
             hidden.flatten(0, -2), weight, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dataset.loader
 import train_my_ddp
 from data_preprocess.build_pretrain_sample_index_map import build
 from dataset.audit import main as audit
@@ -92,8 +91,9 @@ def the_next_epoch(seed: int, positions: np.ndarray, num_samples: int) -> np.nda
 
 @pytest.mark.parametrize("order", [one_sample_twice, the_next_epoch])
 def test_a_loader_that_reads_other_samples(tiny_run: list[str], order: Callable, monkeypatch, capsys):
-    monkeypatch.setattr(dataset.loader, "sample_at", order)
-    assert train_my_ddp.main(tiny_run) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainDataset, "ids_at", lambda self, seed, positions: order(seed, positions, len(self)))
+        assert train_my_ddp.main(tiny_run) == 0
     assert audit([str(out_dir(tiny_run))]) == 1
     assert "WRONG step 1: the digest" in capsys.readouterr().out
 

@@ -306,3 +306,20 @@ def test_what_does_not_fit_is_refused():
         linear_token_logprobs(hidden, weight, labels[1:])
     with pytest.raises(ValueError, match="float32"):
         linear_cross_entropy_sum(hidden, weight, labels, weight_grad=torch.zeros(7, 6, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("kind", ["reference", "chunked", "triton"])
+def test_the_losses_behind_the_sum_are_told(kind: str):
+    hidden, weight, labels = case((12, 24, 300))
+    loss_sum = build_ops({"cross_entropy": kind}).loss_sum
+    told = torch.full((12,), torch.nan, device=DEVICE)
+    hidden.requires_grad_()
+    total = loss_sum(hidden, weight, labels, told=told)
+    exact = exact_losses(hidden.detach().double(), weight.double(), labels)
+    torch.testing.assert_close(told.double(), exact, rtol=1e-5, atol=1e-5)
+    assert told[3] == 0 and not told.requires_grad
+    # Whoever asks for them gets the same gradient.
+    total.backward()
+    (gradient,), hidden.grad = (hidden.grad,), None
+    loss_sum(hidden, weight, labels).backward()
+    assert torch.equal(hidden.grad, gradient)

@@ -26,6 +26,9 @@ class CountingDataset:
     def __len__(self) -> int:
         return self.num_samples
 
+    def ids_at(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        return sample_at(seed, positions, self.num_samples)
+
     def collate(self, sample_ids: np.ndarray) -> Batch:
         self.calls += 1
         return {

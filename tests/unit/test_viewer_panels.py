@@ -560,3 +560,11 @@ def test_a_run_of_one_step_can_be_seen():
     draw(figure, [ShownRun("a", COLOURS[0], usual(1))], LOSS)
     solid = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "-"]
     assert any(line.get_marker() == "o" and len(line.get_xdata()) == 1 for line in solid)
+
+
+def test_losses_of_sources_share_a_panel():
+    records = [line("train", step=n, time=1000 + n, loss=5.0, **{"loss/web": 4.0, "loss/code": 6.0}) for n in (1, 2)]
+    found = snapshot_of(line("start", step=0, time=1000), *records)
+    assert [panel.key for panel in choose(available([found]), USUAL)] == ["loss", "train_sources"]
+    (panel,) = [panel for panel in drawn([found]) if panel.panel.key == "train_sources"]
+    assert [curve.name for curve in panel.panel.curves] == ["code", "web"]
