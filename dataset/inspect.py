@@ -284,10 +284,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"{mixture} is a mixture: give the directory of the source whose sample you mean")
             if args.position is not None and args.split != "train":
                 raise ValueError("--position is of the train set's stream: leave out --split")
-            lines = look_at_mixture(
+            shown = look_at_mixture(
                 Path(args.path), mixture, args.split, args.max_seq_len, args.tokenizer_dir, args.verify, args.position
             )
-            print("\n".join(list(lines)))
+            print("\n".join(list(shown)))
             return 0
         inspection, seed = open_inspection(Path(args.path), args.split, args.max_seq_len, args.tokenizer_dir)
         chosen = args.sample

@@ -16,6 +16,7 @@ from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
 from dataset.audit import main as audit
 from dataset.inspect import main as inspect
+from dataset.loader import TrainLoader
 from dataset.mixture import MixtureDataset
 from dataset.mixture_spec import directories_of, is_mixture, read_mixture
 from dataset.opening import open_dataset
@@ -138,6 +139,19 @@ def test_sources_that_do_not_belong_together(sources: dict[str, Path], tmp_path:
         mixture(f"{sources['wiki']}:0.5,{other}:0.5")
     with pytest.raises(ValueError, match="source nowhere of the mixture: "):
         mixture(f"{sources['wiki']}:0.5,{tmp_path / 'nowhere'}:0.5")
+
+
+@pytest.mark.parametrize("data_size", [2, 4])
+def test_ranks_together_read_one_stream(sources: dict[str, Path], data_size: int) -> None:
+    data = mixture(named(sources, web="0.6", code="0.3", wiki="0.1"))
+    loaders = [TrainLoader(data, 5, 1, 4, rank, data_size, 8, num_workers=0) for rank in range(data_size)]
+    for number in range(5):
+        steps = [next(loader) for loader in loaders]
+        batches = [batch for step in steps for batch in step.micro_batches]
+        positions = sorted(int(batch["row_ids"]) for batch in batches)
+        assert positions == list(range(8 + 4 * number, 12 + 4 * number))
+        for batch in batches:
+            assert int(batch["sample_ids"]) == data.ids_at(5, batch["row_ids"].numpy())[0]
 
 
 def given(run: list[str]) -> dict[str, list[int]]:
