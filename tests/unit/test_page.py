@@ -430,15 +430,18 @@ def test_two_tabs_lose_nothing(open_page: OpenPage, server: PageServer):
 
 
 def test_the_prompt_opens_in_sight(open_page: OpenPage, server: PageServer):
+    page = open_page()
+    say(page, "Hi", Reply(["long\n\n"] * 60), server)
+    until_done(page)
+    toggle, prompt = page.get_by_role("button", name="Show the prompt as the model sees it"), page.locator(".prompt")
     for width, height in ((1280, 800), (390, 844)):
-        page = open_page(width=width, height=height)
-        say(page, "Hi", Reply("\n\n".join(["a long answer"] * 60)), server)
-        until_done(page)
-        page.get_by_role("button", name="Show the prompt as the model sees it").press("Enter")
-        prompt = page.locator(".prompt")
+        page.set_viewport_size({"width": width, "height": height})
+        toggle.press("Enter")
         expect(prompt.locator("pre")).to_be_focused()
         box, composer = prompt.bounding_box(), page.locator("#composer").bounding_box()
         assert box and composer and box["y"] >= 0 and box["y"] + box["height"] <= composer["y"]
+        toggle.press("Enter")
+        expect(toggle).to_be_focused()
 
 
 def test_an_api_key_is_asked_for_once(open_page: OpenPage, server: PageServer):
@@ -551,8 +554,39 @@ def test_both_languages_have_all_texts(open_page: OpenPage):
     used = set(re.findall(r'(?:\bt\(|\bdata-(?:text|hint|label|title)=)"(\w+)"', sources))
     assert used <= set(english), used - set(english)
     # Texts that nothing shows are gone. Some keys are put together, or chosen between.
-    unused = {key for key in english if not re.search(rf'"{key}"|\b{key.removesuffix("Hint")}\b', sources)}
-    assert not unused
+    words = set(re.findall(r"\w+", sources))
+    assert {key for key in english if key.removesuffix("Hint") in words} == set(english)
+
+
+def test_texts_contrast_with_what_they_stand_on():
+    """At least 4.5 to 1, and 3 to 1 for the frames of fields, as WCAG 2.2 measures it (criteria 1.4.3 and 1.4.11)."""
+    found = re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", (PAGE / "app.css").read_text())
+
+    def channels(colour: str) -> list[float]:
+        return [int(colour[place : place + 2], 16) / 255 for place in range(1, len(colour), 2)]
+
+    def mixed(upper: list[float], share: float, lower: list[float]) -> list[float]:
+        return [one * share + other * (1 - share) for one, other in zip(upper, lower)]
+
+    def luminance(colour: list[float]) -> float:
+        linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for theme in (1, 2):
+        colours = {row[0]: channels(row[theme]) for row in found}
+        grounds = {name: colours[name] for name in ("page", "side", "raised", "bubble")}
+        for name in ("hover", "pressed"):
+            grounds[f"side, {name}"] = mixed(colours[name][:3], colours[name][3], colours["side"])
+        pairs = {(text, ground): 4.5 for text in ("text", "quiet") for ground in grounds}
+        pairs |= {(text, ground): 4.5 for text in ("accent", "danger") for ground in ("page", "side", "raised")}
+        grounds |= {name: colours[name] for name in ("accent", "danger-page")}
+        grounds["chip"] = mixed(colours["accent"], 0.16, colours["page"])
+        grounds["surprise"] = mixed(colours["heat"], 0.62, colours["page"])
+        pairs |= {("on-accent", "accent"): 4.5, ("danger", "danger-page"): 4.5, ("accent", "chip"): 4.5}
+        pairs |= {("text", "surprise"): 4.5, ("strong-line", "raised"): 3.0, ("strong-line", "side"): 3.0}
+        for (text, ground), least in pairs.items():
+            dark, bright = sorted((luminance(colours[text]), luminance(grounds[ground])))
+            assert (bright + 0.05) / (dark + 0.05) >= least, (theme, text, ground)
 
 
 def test_the_page_obeys_its_policy():
