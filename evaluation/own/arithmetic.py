@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from evaluation.asking import Answerer, Scoring, Writing
 from evaluation.own.outcomes import Record, figures_of, fingerprint, outcome, too_long
-from evaluation.own.questions import Asker, scores_of, texts_of
+from evaluation.own.questions import Asker, said, scores_of, texts_of
 from evaluation.task import Options, Outcome
 
 DIGITS = (1, 2, 3, 4)
@@ -89,7 +89,7 @@ class ArithmeticTask:
             sample |= {"acc": float(score.is_greedy), "bits": -score.logprob / math.log(2)}
         if answerer.can_write:
             for (sample, *_), written in zip(asked, texts_of(answerer, [writing for *_, writing in asked])):
-                sample |= {"written": written.text, "exact": float(written.text.strip() == sample["right"])}
+                sample |= {"written": written.text, "exact": float(said(written.text) == sample["right"])}
         figures = (
             figures_of(samples, "acc", "digits") | figures_of(samples, "acc", "operation")
             | figures_of(samples, "exact", "digits") | figures_of(samples, "bits", "digits", higher_is_better=False)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from evaluation import sandbox
 from evaluation.asking import Answerer, Writing, Written
 from evaluation.own.outcomes import Record, figures_of, fingerprint, outcome, too_long
-from evaluation.own.questions import Asker, texts_of
+from evaluation.own.questions import Asker, said, texts_of
 from evaluation.python_source import cut_body, parses, tree_of
 from evaluation.task import Options, Outcome
 
@@ -89,7 +89,7 @@ class CompletionTask:
             else:
                 samples[-1]["left_out"] = too_long(answerer.context)
         for (sample, one, _), written in zip(asked, texts_of(answerer, [writing for *_, writing in asked])):
-            source = function_in(written.text, one.name) if asker.is_chat else continued(one, written)
+            source = function_in(said(written.text), one.name) if asker.is_chat else continued(one, written)
             sample |= {"written": written.text, "parses": float(bool(source))}
             if not options.allow_code_execution:
                 sample["not_run"] = "programs of a model are run only with --allow_code_execution"

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from evaluation.asking import Answerer, Scoring, Writing
 from evaluation.own.outcomes import Record, figures_of, fingerprint, outcome, too_long
-from evaluation.own.questions import Asker, likeliest, scores_of, texts_of
+from evaluation.own.questions import Asker, likeliest, said, scores_of, texts_of
 from evaluation.own.words import NOUNS
 from evaluation.results import Figure
 from evaluation.task import Options, Outcome
@@ -101,8 +101,7 @@ class CopyingTask:
             sample |= {"logprobs": logprobs, "acc": float(likeliest(logprobs) == one.right), "gain": gain}
         if answerer.can_write:
             for (sample, one, *_), written in zip(asked, texts_of(answerer, [writing for *_, writing in asked])):
-                text = written.text.strip()
-                sample |= {"written": written.text, "exact": float(text == one.choices[one.right])}
+                sample |= {"written": written.text, "exact": float(said(written.text) == one.choices[one.right])}
         figures: dict[str, Figure] = {}
         for metric in ("acc", "exact", "gain"):
             figures |= figures_of(samples, metric, "length")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from evaluation.asking import Answerer, Scoring, Writing, Written
 from evaluation.own.outcomes import Record, figures_of, fingerprint, outcome, too_long
-from evaluation.own.questions import Asker, scores_of, texts_of
+from evaluation.own.questions import Asker, said, scores_of, texts_of
 from evaluation.own.words import ADJECTIVES, CITIES, NAMES, NOUNS
 from evaluation.task import Options, Outcome
 
@@ -127,7 +127,7 @@ class FormatTask:
             sample["bits"] = -score.logprob / math.log(2)
         for (sample, one, *_), written in zip(asked, texts_of(answerer, [writing for *_, writing in asked])):
             has_form = follows(one.form, written, sample["right"])
-            is_right = has_form and one.form.equals(written.text.strip(), sample["right"])
+            is_right = has_form and one.form.equals(said(written.text), sample["right"])
             sample |= {"written": written.text, "format": float(has_form), "correct": float(is_right)}
         figures = figures_of(samples, "format", "form") | figures_of(samples, "correct", "form")
         figures |= figures_of(samples, "bits", "form", higher_is_better=False)
@@ -137,4 +137,4 @@ class FormatTask:
 
 def follows(form: Form, written: Written, right: str) -> bool:
     """Whether a text has the form of the right answer, and ends."""
-    return written.has_ended and form.has_form(written.text.strip(), right)
+    return written.has_ended and form.has_form(said(written.text), right)

@@ -79,7 +79,7 @@ class NeedleTask:
                 known[text] = len(asker.tokenizer.encode(text))
             return known[text]
 
-        wrapping = max((len(one.context) for one in asker.scorings("a", [" 1"])), default=0)
+        wrapping = max((len(one.context + one.continuation) for one in asker.scorings("a", [" 1"])), default=0)
         context = min(answerer.context, _LONGEST)
         made = [
             needle(share, number, int(context * int(share[:-1]) / 100) - wrapping, length_of)

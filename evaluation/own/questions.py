@@ -98,6 +98,11 @@ def texts_of(answerer: Answerer, asked: Sequence[Writing]) -> list[Written]:
     return [found[place] for place in range(len(asked))]
 
 
+def said(text: str) -> str:
+    """What a text says, without blanks around it, and without the thoughts that a chat model may put before it."""
+    return text.rpartition("</think>")[2].strip()
+
+
 def likeliest(logprobs: Sequence[float]) -> int:
     """Place of the choice that the model finds likeliest; the first of several."""
     return max(range(len(logprobs)), key=logprobs.__getitem__)

@@ -23,6 +23,7 @@ from model import Decoder, ModelConfig
 from model.config import padded_vocab_size
 from tests.plain_answerer import Guesser, Oracle, PlainAnswerer
 from tests.served import tiny_tokenizer
+from tests.unit.test_chat_template import BRACKETS, THINKS, TRIMS, WITH_TOOLS, with_template
 from tokenizer import Tokenizer
 from tokenizer.chat_template import Message, template_of
 
@@ -446,6 +447,21 @@ def test_a_chat_models_prompt_is_that_of_its_template(tokenizer: Tokenizer):
     part, whole = asker.scorings("Text", [" yes"])[0], asker.scorings("Text", [" yes"], is_whole=True)[0]
     assert list(whole.context + whole.continuation) == chat.render([*talk, Message("assistant", "yes")]).ids
     assert whole.continuation == (*part.continuation, chat.end_id) and list(part.context) == chat.prompt(talk)
+
+
+@pytest.mark.parametrize("layout", [WITH_TOOLS, BRACKETS, TRIMS, THINKS], ids=["tools", "brackets", "trims", "thinks"])
+def test_other_templates(layout: str, tmp_path: Path):
+    tokenizer, _ = with_template(layout, tmp_path)
+    spelling = template.spelling_of(tokenizer, template_of(tokenizer))
+    assert all(spelling) and spelling.whole.count("Hello") == 2
+    found = values(TASKS["zero_template"].run(Says(tokenizer, "I am a model."), OPTIONS))
+    assert set(found.values()) == {1.0}
+    answer = f"Sure. {spelling.assistant}Yes."
+    found = values(TASKS["zero_template"].run(Says(tokenizer, answer), OPTIONS))
+    assert found["intact"] == 1.0 and found["clean"] == 0.0
+    for name in ("zero_arithmetic", "zero_stopping"):
+        found = values(TASKS[name].run(Oracle(tokenizer, known_texts(name, tokenizer, True)), Options(chat=True)))
+        assert found["acc"] == 1.0 and found.get("exact", 1.0) == 1.0, name
 
 
 class Says(Guesser):
