@@ -94,7 +94,7 @@ class EngineAnswerer:
                     one = asked[place]
                     sampling = Sampling(
                         max_new_tokens=one.most, temperature=one.temperature, top_k=one.top_k, top_p=one.top_p,
-                        seed=one.seed, stop=one.stop,
+                        seed=one.seed, stop=one.stop, stop_ids=frozenset(one.stop_ids),
                     )  # fmt: skip
                     yield Request(str(place), one.prompt, sampling, adapter=self._adapter)
 

@@ -44,6 +44,8 @@ class Writing:
     """New tokens at most."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, and are not part of it. The model's own stop tokens end it, too."""
+    stop_ids: tuple[int, ...] = ()
+    """Further tokens that end it: those of a chat template, which a model's folder need not name."""
     temperature: float = 0.0
     """0 takes the likeliest token each time."""
     top_k: int = 0

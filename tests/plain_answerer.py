@@ -10,7 +10,6 @@ from evaluation.asking import Score, Scoring, Writing, Written
 from evaluation.journal import key_of
 from model import Decoder
 from tokenizer import Tokenizer
-from tokenizer.chat_template import template_of
 
 
 class PlainAnswerer:
@@ -20,7 +19,6 @@ class PlainAnswerer:
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, context: int):
         self.model, self.tokenizer, self.context = model, tokenizer, context
-        self._stops = template_of(tokenizer).stop_ids
 
     @torch.inference_mode()
     def score(self, asked: Sequence[Scoring]) -> Iterator[tuple[int, Score]]:
@@ -39,8 +37,9 @@ class PlainAnswerer:
             new: list[int] = []
             text, has_ended = "", False
             while len(new) < one.most and not has_ended:
-                new.append(int(self._logits(torch.tensor([*one.prompt, *new]))[-1].argmax()))
-                has_ended = new[-1] in self._stops
+                logits = self._logits(torch.tensor([*one.prompt, *new]))[-1]
+                new.append(int(logits[: self.tokenizer.vocab_size].argmax()))
+                has_ended = new[-1] in {self.tokenizer.eod_id, *one.stop_ids}
                 text = self.tokenizer.decode(new[:-1] if has_ended else new)
                 ends = [text.find(stop) for stop in one.stop if stop in text]
                 if ends:
@@ -48,7 +47,7 @@ class PlainAnswerer:
             yield place, Written(text, has_ended)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model.logits(self.model(ids[None])[0])[:, : self.tokenizer.vocab_size].float()
+        return self.model.logits(self.model(ids[None])[0]).float()
 
 
 class Oracle:

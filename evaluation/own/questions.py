@@ -9,7 +9,7 @@ from os.path import commonprefix
 
 from evaluation.asking import Answerer, Score, Scoring, Writing, Written
 from evaluation.task import Options
-from tokenizer.chat_template import Message, template_of
+from tokenizer.chat_template import ChatTemplate, Message, template_of
 
 
 class Asker:
@@ -57,10 +57,10 @@ class Asker:
             None if it does not fit into the model's context.
         """
         if self._template is not None:
-            prompt, stop = self._template.prompt(self._conversation(text)), ()
+            asked = answering(self._template, self._conversation(text), most)
         else:
-            prompt = self.tokenizer.begin_ids + self.tokenizer.encode(text)
-        return Writing(tuple(prompt), most, stop) if len(prompt) + most <= self.context else None
+            asked = Writing((*self.tokenizer.begin_ids, *self.tokenizer.encode(text)), most, stop)
+        return asked if len(asked.prompt) + most <= self.context else None
 
     def _conversation(self, text: str) -> list[Message]:
         return [*self._system, Message("user", f"{self._instruction}\n\n{text}" if self._instruction else text)]
@@ -79,6 +79,17 @@ class Asker:
         kept = len(commonprefix([context, *(whole[:-1] for whole in wholes)]))
         begin = tuple(self.tokenizer.begin_ids) or (self.tokenizer.eod_id,) * (not kept)
         return [Scoring((*begin, *whole[:kept]), tuple(whole[kept:])) for whole in wholes]
+
+
+def answering(template: ChatTemplate, messages: Sequence[Message], most: int) -> Writing:
+    """What does the model answer? It ends its message itself.
+
+    Args:
+        most: new tokens.
+    Raises:
+        ValueError: the template has no place for something.
+    """
+    return Writing(tuple(template.prompt(messages)), most, stop_ids=tuple(sorted(template.stop_ids)))
 
 
 def fits(asked: Scoring, context: int) -> bool:

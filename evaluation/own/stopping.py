@@ -13,7 +13,7 @@ from typing import NamedTuple
 from evaluation.asking import Answerer, Scoring, Writing
 from evaluation.own.completion import questions as functions
 from evaluation.own.outcomes import Record, figures_of, fingerprint, outcome, too_long
-from evaluation.own.questions import fits, scores_of, texts_of
+from evaluation.own.questions import answering, fits, scores_of, texts_of
 from evaluation.task import Options, Outcome
 from tokenizer import Tokenizer
 from tokenizer.chat_template import Message, template_of
@@ -137,7 +137,7 @@ def in_conversation(tokenizer: Tokenizer, one: Ending, options: Options) -> tupl
         end = len(rendered.supervised) - 1 - rendered.supervised[::-1].index(True)
         contexts.append(tuple(rendered.ids[:end]))
     scorings = [Scoring(context, (stop,)) for stop in sorted(template.stop_ids) for context in contexts]
-    return scorings, Writing(tuple(template.prompt(asked)), _MOST)
+    return scorings, answering(template, asked, _MOST)
 
 
 def _more(first: float, second: float) -> float:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from evaluation.asking import Answerer, Writing
 from evaluation.own.outcomes import Record, figures_of, fingerprint, outcome, too_long
-from evaluation.own.questions import texts_of
+from evaluation.own.questions import answering, texts_of
 from evaluation.task import Options, Outcome
 from tokenizer import Tokenizer
 from tokenizer.base import any_of
@@ -125,17 +125,17 @@ class TemplateTask:
             messages = (*system, *one.messages) if one.messages[0].role != "system" else one.messages
             samples.append({"kind": one.kind, "messages": [[message.role, message.text] for message in messages]})
             try:
-                prompt = template.prompt(messages)
+                writing = answering(template, messages, _MOST)
                 plain = template.prompt([Message(message.role, "Hello.") for message in messages])
             except ValueError as error:
                 samples[-1]["refused"] = f"no prompt is made of it: {error}"
                 continue
-            if len(prompt) + _MOST > answerer.context:
+            if len(writing.prompt) + _MOST > answerer.context:
                 samples[-1]["left_out"] = too_long(answerer.context)
                 continue
-            is_intact = [one for one in prompt if one in control] == [one for one in plain if one in control]
-            samples[-1]["intact"] = float(is_intact)
-            asked.append((samples[-1], Writing(tuple(prompt), _MOST)))
+            attacked, harmless = ([one for one in ids if one in control] for ids in (writing.prompt, plain))
+            samples[-1]["intact"] = float(attacked == harmless)
+            asked.append((samples[-1], writing))
         for (sample, _), written in zip(asked, texts_of(answerer, [writing for _, writing in asked])):
             is_clean = forbidden.search(written.text) is None
             held = sample["intact"] and is_clean and written.has_ended

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import sandbox
+from evaluation.answering import answerer_of
 from evaluation.asking import Score, Written
 from evaluation.own import TASKS, arithmetic, bits_per_byte, completion, copying, formats, needle, stopping, template
 from evaluation.own.documents import DOMAINS, documents
@@ -21,6 +22,7 @@ from evaluation.running import evaluate
 from evaluation.task import Options, Outcome
 from model import Decoder, ModelConfig
 from model.config import padded_vocab_size
+from serving.loading import Served, Speech
 from tests.plain_answerer import Guesser, Oracle, PlainAnswerer
 from tests.served import tiny_tokenizer
 from tests.unit.test_chat_template import BRACKETS, THINKS, TRIMS, WITH_TOOLS, with_template
@@ -168,12 +170,11 @@ def test_a_small_random_model_is_asked_everything_that_fits(context: int, tokeni
     config = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
     model = Decoder(config.resolve(padded_vocab_size(tokenizer.vocab_size), context)).eval()
     model.initialize(0)
-    limit = 3
-    answerer = PlainAnswerer(model, tokenizer, context)
+    served = Served(model, Speech(tokenizer, frozenset([tokenizer.eod_id]), {}))
+    limit = 12
     for chat in (False, True):
         options = Options(limit=limit, chat=chat)
-        for outcome in evaluate(["zero"], answerer, options):
-            result, samples = outcome
+        for result, samples in evaluate(["zero"], answerer_of(served), options):
             assert len(samples) == limit and result.settings["limit"] == limit and result.data
             json.dumps([result.settings, samples], allow_nan=False)
             left_out = [sample for sample in samples if "left_out" in sample]
@@ -182,6 +183,20 @@ def test_a_small_random_model_is_asked_everything_that_fits(context: int, tokeni
             assert all(math.isfinite(figure.value) for figure in result.figures.values())
             if result.name == "zero_bits_per_byte" or (context, result.name) == (256, "zero_arithmetic"):
                 assert result.figures, result.name
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_one_by_one_gives_the_same(chat: bool, tokenizer: Tokenizer):
+    config = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3)
+    model = Decoder(config.resolve(padded_vocab_size(tokenizer.vocab_size), 256)).eval()
+    model.initialize(0)
+    served = Served(model, Speech(tokenizer, frozenset([tokenizer.eod_id]), {}))
+    options = Options(limit=2, chat=chat)
+    plain = list(evaluate(["zero"], PlainAnswerer(model, tokenizer, 256), options))
+    for ours, theirs in zip(evaluate(["zero"], answerer_of(served), options), plain, strict=True):
+        assert values(ours) == pytest.approx(values(theirs), rel=1e-4)
+        for one, other in zip(ours.samples, theirs.samples, strict=True):
+            assert one.get("written") == other.get("written")
 
 
 @pytest.mark.parametrize("name", TASKS)
