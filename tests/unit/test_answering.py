@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,12 @@ def test_texts(served: Served):
     ]  # fmt: skip
     found = dict(answerer_of(served, SMALL).write(asked))
     assert [found[n] for n in range(len(asked))] == [written_by(served, one) for one in asked]
+    # A template's tokens end a text as the model's own do.
+    one = max(asked[:8], key=lambda one: one.most)
+    ids = list(generate(served.model, list(one.prompt), one.most, frozenset(), 0.0,
+                        vocab_size=served.tokenizer.vocab_size))  # fmt: skip
+    ended = Written(served.tokenizer.decode(ids[: ids.index(ids[-1])]), True)
+    assert dict(answerer_of(served, SMALL).write([replace(one, stop_ids=(ids[-1],))])) == {0: ended}
     # Drawn texts are those of their own seeds, whoever else is asked.
     drawn = [Writing((n, 2, 3), 12, temperature=1.0, top_p=0.9, top_k=50, seed=n) for n in range(6)]
     together = dict(answerer_of(served, SMALL).write(drawn))
