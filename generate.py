@@ -31,7 +31,7 @@ from serving.arguments import (
 )
 from serving.chat import Chat, notes_on
 from serving.completing import asking, complete
-from serving.local import pieces_of
+from serving.local import BrokenOff, pieces_of
 from serving.prompts import Prompt, prompts_of
 from serving.terminal import Talk, tell
 from utils.arguments import Parser
@@ -102,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         if launched_rank() == 0:
             tell(str(error))
         return 2
+    except BrokenOff as broken:
+        tell(str(broken))
+        return INTERRUPTED
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -22,6 +22,7 @@ from checkpoint.choosing import resolve_checkpoint_dir
 from parallel.launched import launched_rank, launched_world_size
 from runs.layout import RunPaths
 from serving.arguments import add_model_flags, name_of, parse_adapters, require_utf8
+from serving.limits import Hosts, Keys, Limits, read_keys
 from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from socket import socket
 
     from serving.engine import EngineOptions
-    from serving.limits import Hosts, Keys
 
 _CRASH = 1
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -61,6 +61,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max_running", type=int, default=64, metavar="N", help="texts at a time (default: 64)")
     engine.add_argument("--max_queue", type=int, default=256, metavar="N", help="texts that may wait (default: 256)")
+    engine.add_argument(
+        "--max_beams", type=int, default=Limits.max_beams, metavar="N",
+        help=f"beams that a request may ask for (default: {Limits.max_beams})",
+    )  # fmt: skip
     engine.add_argument("--cache_gb", type=float, metavar="GB", help="memory for keys and values (default: what fits)")
     engine.add_argument(
         "--request_timeout", type=float, default=600.0, metavar="S", help="seconds for one answer (default: 600)"
@@ -79,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must lie between 0 and 65535, got {args.port}")
-    for name, least in (("max_running", 1), ("max_queue", 0)):
+    for name, least in (("max_running", 1), ("max_queue", 0), ("max_beams", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     for name in ("cache_gb", "request_timeout"):
@@ -113,7 +117,6 @@ def main(argv: list[str] | None = None) -> int:
         found = resolve_checkpoint_dir(Path(args.model))
         for path in adapters.values():
             resolve_checkpoint_dir(path)
-        from serving.limits import Hosts, Keys, read_keys
         from serving.running import listening_socket
 
         if launched_rank() > 0:
@@ -155,7 +158,7 @@ def follow(args: argparse.Namespace, found: Path, adapters: dict[str, Path]) -> 
 
 
 def serve(
-    args: argparse.Namespace, found: Path, adapters: dict[str, Path], name: str, keys: "Keys", hosts: "Hosts",
+    args: argparse.Namespace, found: Path, adapters: dict[str, Path], name: str, keys: Keys, hosts: Hosts,
     bound: "socket",
 ) -> int:  # fmt: skip
     """Load the model and answer until a signal.
@@ -173,7 +176,6 @@ def serve(
     from serving.api import new_app
     from serving.catalog import Catalog
     from serving.follow import Follower
-    from serving.limits import Limits
     from serving.offers import offers_of
     from serving.opening import Opened, open_alone, opened
     from serving.service import Generation, Service
@@ -198,7 +200,7 @@ def serve(
         assert own is not None, "the first rank gets the model"
         first = generation_of(own, found)
         service = Service(first, args.max_running + args.max_queue)
-        limits = Limits(request_timeout_s=args.request_timeout)
+        limits = Limits(request_timeout_s=args.request_timeout, max_beams=args.max_beams)
         follower = None
 
         def ready() -> None:

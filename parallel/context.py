@@ -134,6 +134,15 @@ class DistContext:
             dist.barrier(group=self.control_group)
 
 
+def has_lost_peer(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank has gone, or the network failed."""
+    # Gloo's and NCCL's errors are RuntimeErrors; that of a closed console is not.
+    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
+    )
+
+
 def asked_interface() -> str | None:
     """Network interface that the environment names for gloo; the first, if it names several."""
     return os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] or None

@@ -12,7 +12,9 @@ from typing import Any
 
 from serving.catalog import Offer
 from serving.fields import Field, Mistake, biases, boolean, ids, number, one_of, stops, whole
+from serving.limits import Limits
 from serving.requests import Finish, Piece, Request, Sampling, TokenScore
+from serving.text import Lead
 
 _LARGEST = 1 << 24
 """Beyond every context."""
@@ -30,7 +32,7 @@ LOCAL_FIELDS: dict[str, Field] = {
     "stop_token_ids": Field(ids(1024), ()),
     "include_stop_str_in_output": Field(boolean, False),
     "prompt_logprobs": Field(whole(0, MOST_ALTERNATIVES)),
-    "num_beams": Field(whole(1, 64), 1),
+    "num_beams": Field(whole(1, _LARGEST), 1),
     "length_penalty": Field(number(-100, 100), 1.0),
     "early_stopping": Field(lambda value: value if type(value) is bool else one_of("true", "false", "never")(value),
                             False),
@@ -50,16 +52,20 @@ DRAWING_FIELDS: dict[str, Field] = {
 }
 
 
-def sampling_of(values: Mapping[str, Any], offer: Offer, **more: Any) -> Sampling:
+def sampling_of(values: Mapping[str, Any], offer: Offer, limits: Limits, **more: Any) -> Sampling:
     """How an answer is drawn, of the values of both tables above.
 
     Args:
+        limits: the server's.
         more: fields of Sampling that an endpoint sets itself.
     Raises:
-        Mistake: values contradict each other, or name tokens that the model does not have.
+        Mistake: values contradict each other, ask for too much, or name tokens that the model does not have.
     """
     offer.require_ids(values["stop_token_ids"], "stop_token_ids")
     offer.require_ids(list(values["logit_bias"]), "logit_bias")
+    if values["num_beams"] > limits.max_beams:
+        raise Mistake(f"num_beams is {values['num_beams']}, and this server takes {limits.max_beams} at most "
+                      f"(--max_beams): ask for fewer", "num_beams")  # fmt: skip
     if values["num_beams"] == 1:
         for name in ("length_penalty", "early_stopping"):
             if values[name] != LOCAL_FIELDS[name].default:
@@ -118,8 +124,8 @@ class Choice:
     """Its number in the answer."""
     request: int
     """Number of its prompt."""
-    lead: str = ""
-    """Text that the model says before every answer, and that is not part of it."""
+    lead: Lead
+    """What takes that text away which the model says before every answer."""
     text: str = ""
     tokens: list[TokenScore] = field(default_factory=list)
     finish: Finish | None = None
@@ -127,19 +133,13 @@ class Choice:
     cached_tokens: int = 0
     is_told: bool = False
     """Whether a part of it has left as an event."""
-    _begin: str | None = ""
 
     def add(self, piece: Piece) -> str:
         """Take a piece; returns what it adds to the text."""
         self.tokens += piece.tokens
-        new = piece.text
-        if self._begin is not None:
-            # It may still become the lead, which is left out.
-            begin = self._begin + new
-            if self.lead and self.lead.startswith(begin) and piece.finish is None:
-                self._begin, new = begin, ""
-            else:
-                self._begin, new = None, begin.removeprefix(self.lead)
+        new = self.lead.push(piece.text)
+        if piece.finish is not None:
+            new += self.lead.flush()
         self.text += new
         if piece.finish is not None:
             self.finish, self.error, self.cached_tokens = piece.finish, piece.error, piece.cached_tokens
@@ -152,7 +152,7 @@ class Job(ABC):
     Args:
         requests: for the engine; their choices are numbered through.
         is_stream: whether the answer is told in events.
-        lead: see Choice.
+        lead: text that the model says before every answer, and that is not part of it.
     """
 
     event_prefix = b"data: "
@@ -169,7 +169,7 @@ class Job(ABC):
         self.last_token_at = self.began
         for place, request in enumerate(self.requests):
             for choice in range(request.n):
-                self.choices[request.id, choice] = Choice(len(self.choices), place, lead)
+                self.choices[request.id, choice] = Choice(len(self.choices), place, Lead(lead))
 
     def add(self, piece: Piece) -> list[dict]:
         """Take a piece; returns the events that tell it, if the answer is a stream."""

@@ -42,6 +42,8 @@ class Limits:
     max_choices: int = 128
     """Texts, over all prompts of a request."""
     max_prompts: int = 128
+    max_beams: int = 16
+    """Beams of one search. Those that are drawn are drawn one by one, while all others wait."""
     request_timeout_s: float = 600.0
     """From a request's arrival to the last token of its answer."""
     body_timeout_s: float = 30.0

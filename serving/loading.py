@@ -118,7 +118,7 @@ class Served:
 
 def load(
     ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,
-    new_cutter: Callable[[ModelConfig], Cutter] | None = None,
+    new_cutter: Callable[[ModelConfig], Cutter] | None = None, resolve: Callable[[Path], Path] = resolve_checkpoint_dir,
 ) -> Served:  # fmt: skip
     """A model with its adapters, of which the first is active.
 
@@ -129,15 +129,16 @@ def load(
         in_4bit: keep the blocks' matrices in 4 bits.
         new_cutter: of a model of this shape, of which several processes hold parts; it has one adapter at most, for
             good. Collective.
+        resolve: finds the folder with the weights that a path means.
     Raises:
         ValueError: one of them cannot be used, or they do not belong together.
         OSError: a disk or a network fails, and may be back later.
     """
-    base, own = folder.weights_of(resolve_checkpoint_dir(ckpt))
+    base, own = folder.weights_of(resolve(ckpt))
     found = {} if own is None else {name_of(ckpt): own}
     for name, path in adapters.items():
         require_new(name, found)
-        found[name] = folder.weights_of(base, resolve_checkpoint_dir(path)).adapter
+        found[name] = folder.weights_of(base, resolve(path)).adapter
     # All that can be wrong is looked at before the weights are read, which takes longest.
     config = hf.read_config(base)
     hf.check_weights(config, base)

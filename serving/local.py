@@ -23,6 +23,14 @@ class Asked(Protocol):
     def step(self) -> list[Piece]: ...
 
 
+class BrokenOff(KeyboardInterrupt):
+    """A second Ctrl-C, within a forward pass: nobody knows what the engine holds, so it can answer nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__("a second Ctrl-C has broken off a forward pass, after which the model cannot go on: start it "
+                         "again")  # fmt: skip
+
+
 def pieces_of(engine: Asked, requests: Iterable[Request], most: int | None = None) -> Iterator[Piece]:
     """Pieces of all answers as they come. If the caller leaves early, the rest is cancelled.
 
@@ -31,7 +39,7 @@ def pieces_of(engine: Asked, requests: Iterable[Request], most: int | None = Non
     Raises:
         ValueError: a request can never be served.
         KeyboardInterrupt: Ctrl-C, between two forward passes: within one, it would leave the cache half written, and
-            other ranks waiting. A second one is obeyed at once.
+            other ranks waiting. A second one is obeyed at once: `BrokenOff`.
     """
     coming, is_between_steps = iter(requests), True
     left: dict[str, int] = {}  # Choices of each request that have not ended.
@@ -47,13 +55,21 @@ def pieces_of(engine: Asked, requests: Iterable[Request], most: int | None = Non
             if not left[piece.request]:
                 del left[piece.request]
 
+    def step() -> list[Piece]:
+        nonlocal is_between_steps
+        is_between_steps = False
+        try:
+            pieces = engine.step()
+        except KeyboardInterrupt:
+            raise BrokenOff from None
+        is_between_steps = True
+        return pieces
+
     with _interruptions() as is_interrupted:
         try:
             submit()
             while engine.has_work:
-                is_between_steps = False
-                pieces = engine.step()
-                is_between_steps = True
+                pieces = step()
                 for piece in pieces:
                     note(piece)
                 yield from pieces
@@ -66,7 +82,7 @@ def pieces_of(engine: Asked, requests: Iterable[Request], most: int | None = Non
                 for request_id in left:
                     engine.cancel(request_id)
                 while engine.has_work:
-                    engine.step()
+                    step()
 
 
 @contextmanager

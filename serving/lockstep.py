@@ -8,12 +8,16 @@ sequence: a kilobyte or two before each forward pass. The others run it, as they
 scores.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from parallel.context import has_lost_peer
 from serving.plan import Part, StepPlan
+
+logger = logging.getLogger(__name__)
 
 OfFirst = Callable[[Any], Any]
 """Returns rank 0's value, which must fit JSON, on every rank. Collective."""
@@ -57,11 +61,22 @@ class Lockstep:
         return scores
 
     def follow(self) -> None:
-        """Run all plans that rank 0 sends, until it ends."""
-        while (sent := self._of_first(None)) is not None:
-            parts, copies, adapter = sent
-            plan = StepPlan([Part(*part) for part in parts], [(old, new) for old, new in copies], adapter)
-            self._runner.run(plan)
+        """Run all plans that rank 0 sends, until it ends.
+
+        Raises:
+            ConnectionError: another rank has gone without a word. It has been logged.
+        """
+        try:
+            while (sent := self._of_first(None)) is not None:
+                parts, copies, adapter = sent
+                plan = StepPlan([Part(*part) for part in parts], [(old, new) for old, new in copies], adapter)
+                self._runner.run(plan)
+        except RuntimeError as error:
+            if not has_lost_peer(error):
+                raise
+            sentence = "another rank has ended without a word to this one, which ends, too"
+            logger.error(sentence)
+            raise ConnectionError(sentence) from error
 
     def end(self) -> None:
         """Let the others go; on rank 0. If it leaves in the middle of a plan, they wait for its part of a sum, not for

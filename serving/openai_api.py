@@ -142,7 +142,7 @@ class Chat(_OpenAIJob):
         top = values["top_logprobs"] or 0
         ends = frozenset() if values["ignore_eos"] else offer.template.stop_ids
         sampling = sampling_of(
-            values, offer, max_new_tokens=fit(offer, prompt, values[name], None, name, "messages"),
+            values, offer, limits, max_new_tokens=fit(offer, prompt, values[name], None, name, "messages"),
             stop_ids=ends | frozenset(values["stop_token_ids"]), logprobs=top if values["logprobs"] else None,
         )  # fmt: skip
         request = Request(f"chatcmpl-{uuid.uuid4().hex}-0", prompt, sampling, values["n"], offer.adapter)
@@ -235,7 +235,7 @@ class Completion(_OpenAIJob):
                 offer.require_ids(ids, field)
             of_prompt = values["logprobs"] if values["echo"] else None
             sampling = sampling_of(
-                values, offer, max_new_tokens=fit(offer, ids, values["max_tokens"], 16, "max_tokens", field),
+                values, offer, limits, max_new_tokens=fit(offer, ids, values["max_tokens"], 16, "max_tokens", field),
                 logprobs=values["logprobs"],
                 prompt_logprobs=max((one for one in (of_prompt, values["prompt_logprobs"]) if one is not None),
                                     default=None),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint.choosing import resolve_checkpoint_dir
 from model.config import ModelConfig
 from model.divided import Cutter
 from optimizer.mixed_precision import resolve_dtype
@@ -40,8 +41,8 @@ def opened(
     others do their part until it has ended, and get None.
 
     Args:
-        first_ends: SIGTERM and SIGINT, which launchers send to all ranks, mean the first one. The others ignore them,
-            as it may have answers to finish.
+        first_ends: SIGTERM, which launchers send to all ranks, means the first one. The others ignore it, as it may
+            have answers to finish. (A SIGINT always means the first one, which may end an answer, and no more.)
     Raises:
         ValueError: flags or files are wrong.
         OSError: a disk or a network fails, and may be back later.
@@ -80,9 +81,7 @@ def _with_others(
     args: argparse.Namespace, adapters: Mapping[str, Path], ranks: Ranks, options: EngineOptions, first_ends: bool
 ) -> Iterator[Opened | None]:
     """This rank's part of the model, and on rank 0 the engine. Collective."""
-    # A run that goes on may have saved a checkpoint between the looks of two ranks.
-    path = Path(str(ranks.of_first(str(args.model))))
-    served = _load(args, path, adapters, ranks.context.device, ranks)
+    served = _load(args, Path(args.model), adapters, ranks.context.device, ranks)
     parameter = next(served.model.parameters())
     own = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
     # As many as the rank with the least memory can hold.
@@ -91,10 +90,9 @@ def _with_others(
     runner = kind(served, count, options.block_size, parameter.dtype, parameter.device)
     lockstep = Lockstep(runner, ranks.of_first)
     if not ranks.context.is_main:
-        if first_ends:
-            # Not before: as long as the ranks meet and load, nobody has answers to finish.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
+        # Not before: as long as the ranks meet and load, nobody has answers to finish.
+        for number in (signal.SIGTERM, signal.SIGINT) if first_ends else (signal.SIGINT,):
+            signal.signal(number, signal.SIG_IGN)
         lockstep.follow()
         yield None
         return
@@ -110,6 +108,8 @@ def _load(
 ) -> Served:
     dtype = resolve_dtype(args.dtype, device)
     new_cutter: Callable[[ModelConfig], Cutter] | None = None
+    resolve = resolve_checkpoint_dir
     if ranks is not None:
         new_cutter = lambda shape: ranks.cutter(shape, dtype)  # noqa: E731
-    return load(path, adapters, device, dtype, args.load_in_4bit, new_cutter)
+        resolve = ranks.resolve
+    return load(path, adapters, device, dtype, args.load_in_4bit, new_cutter, resolve)

@@ -1,9 +1,11 @@
 """The ranks that share one model for generation: each holds some rows and columns of its matrices, or some blocks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from checkpoint.choosing import resolve_checkpoint_dir
 from model.config import ModelConfig
 from model.flops import unit_flops
 from parallel.config import ParallelConfig
@@ -28,6 +30,15 @@ class Ranks:
     def of_first(self, value: object) -> object:
         """Rank 0's value, which must fit JSON, on every rank. Collective."""
         return self.context.gather(value if self.context.is_main else None)[0]
+
+    def resolve(self, path: Path) -> Path:
+        """`resolve_checkpoint_dir`, as rank 0 sees it: a run that goes on may save a checkpoint between the looks of
+        two ranks, and delete another. Collective.
+
+        Raises:
+            ValueError: the path leads to no weights.
+        """
+        return Path(str(self.context.decide_on_main(lambda: str(resolve_checkpoint_dir(path)))))
 
     def cutter(self, shape: ModelConfig, dtype: torch.dtype) -> ModelCutter:
         """What lets each rank keep its part of a model. Collective.

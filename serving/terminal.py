@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from serving.arguments import NO_ADAPTER
 from serving.chat import Chat, notes_on
+from serving.local import BrokenOff
 from utils.paths import expand
 
 if TYPE_CHECKING:
@@ -109,11 +110,18 @@ class Talk:
                 self._say(lambda text=text: self._chat.answer(text))
 
     def _say(self, answer: Callable[[], Iterator[str]]) -> None:
-        """Print an answer, or why there is none."""
+        """Print an answer, or why there is none.
+
+        Raises:
+            BrokenOff: no further question can be answered.
+        """
         said, forgotten = True, self._chat.forgotten
         try:
             for piece in answer():
                 print(piece, end="", flush=True)
+        except BrokenOff:
+            print(flush=True)
+            raise
         except KeyboardInterrupt:
             pass
         except ValueError as error:

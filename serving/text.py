@@ -223,13 +223,41 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
 
 
 def without_lead(pieces: Iterator[str], lead: str) -> Iterator[str]:
-    """Pieces of an answer without the text that the model says before every answer, such as a line end. The template
-    writes that text itself once the answer is part of the history."""
-    begin = ""
+    """Pieces of an answer without its `Lead`."""
+    left = Lead(lead)
     for piece in pieces:
-        begin += piece
-        if lead and lead.startswith(begin):
-            continue
-        yield begin.removeprefix(lead)
-        break
-    yield from pieces
+        if text := left.push(piece):
+            yield text
+    if rest := left.flush():
+        yield rest
+
+
+class Lead:
+    """Text that a model says before every answer, such as a line end, and that is left out. The template writes it
+    itself once the answer is part of the history.
+
+    Args:
+        text: the lead.
+    """
+
+    def __init__(self, text: str):
+        self._text = text
+        self._begin = ""
+        """The answer so far, as long as it may still become the lead."""
+        self._is_over = not text
+
+    def push(self, text: str) -> str:
+        """What can be shown, given the answer's next text."""
+        if self._is_over:
+            return text
+        self._begin += text
+        if self._text.startswith(self._begin) and self._begin != self._text:
+            return ""
+        self._is_over = True
+        return self._begin.removeprefix(self._text)
+
+    def flush(self) -> str:
+        """What is left at the answer's end: it was no lead."""
+        rest = "" if self._is_over else self._begin
+        self._is_over = True
+        return rest

@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from checkpoint.folder import list_checkpoints
 from checkpoint.saving import SaveOutcome
-from parallel.context import DistContext
+from parallel.context import DistContext, has_lost_peer
 from runs.layout import RunPaths
 from runs.reslog import ResLog
 from tasks.task import Task
@@ -176,9 +175,7 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
     """
     lines, out_dir = [], Path(run.out_dir)
     paths = RunPaths(out_dir)
-    # Gloo's and NCCL's errors are RuntimeErrors; that of a closed console is not.
-    lost = ("closed by peer", "reset by peer", "Broken pipe")
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in lost)):
+    if has_lost_peer(error):
         lines.append(
             f"another process ended first, or the network failed: the cause is in what it printed, or in its record in "
             f"{paths.exit_dir}; a process without a record was killed, perhaps for lack of memory"

@@ -19,6 +19,7 @@ from model import Decoder, ModelConfig, hf
 from model.config import padded_vocab_size
 from serving.lockstep import Lockstep
 from serving.plan import Part, StepPlan
+from serving.ranks import Ranks
 from tests.adapter_folders import make_adapter
 from tests.dist.group import run_ranks, use_new_port
 from tests.peers import peer
@@ -104,6 +105,15 @@ def test_several_processes_are_refused_where_there_is_one(folder: Path):
     assert code == 2 and "1 process cannot share" in told and "torchrun --nproc_per_node=2" in told
 
 
+def test_ranks_take_what_the_first_one_found():
+    """Between their looks, a run that goes on may save a checkpoint and delete another."""
+    class Other:
+        def decide_on_main(self, decide: Callable) -> str:
+            return "run/ckpt/step-7"
+
+    assert Ranks(None, Other(), None).resolve(Path("run")) == Path("run/ckpt/step-7")
+
+
 class Recorder:
     """Replaces a runner: remembers what it runs."""
 
@@ -132,6 +142,15 @@ def test_the_others_run_the_first_ones_plans():
     assert all(type(part) is Part for plan in other.plans for part in plan.parts)
 
 
+def test_the_others_end_when_the_first_one_has_gone(caplog: pytest.LogCaptureFixture):
+    def gone(value: object) -> object:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+
+    with pytest.raises(ConnectionError, match="another rank has ended without a word"):
+        Lockstep(Recorder(), gone).follow()
+    assert "another rank has ended" in caplog.text
+
+
 def test_a_step_that_failed_is_the_last_one():
     """The others are in the middle of it. They must neither be sent another plan nor be told to end: whatever comes,
     they would take it for a part of a sum."""
@@ -157,6 +176,13 @@ def leave_the_pipe(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
     talk.stdin.write(b"hello\n" * 9)
 
 
+def interrupt_twice(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
+    """All ranks, as a terminal does, in the course of an answer."""
+    for _ in range(2):
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+
+
 def interrupt_the_first(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
     """As at a prompt, where it ends the talk; before, it would end the answer alone."""
     while select.select([talk.stdout], [], [], 3.0)[0]:
@@ -165,13 +191,14 @@ def interrupt_the_first(talk: subprocess.Popen, ranks: list[psutil.Process]) -> 
 
 
 @pytest.mark.parametrize(
-    "fault", [kill_the_other, pytest.param(leave_the_pipe, marks=pytest.mark.soak),
-              pytest.param(interrupt_the_first, marks=pytest.mark.soak)],
+    "fault", [kill_the_other, *(pytest.param(fault, marks=pytest.mark.soak)
+                                for fault in (leave_the_pipe, interrupt_the_first, interrupt_twice))],
 )  # fmt: skip
 def test_all_ranks_end_when_one_does(folder: Path, fault: Callable):
     command = [sys.executable, "-m", "parallel.launch", "--nproc_per_node=2", "generate.py", f"--model={folder}",
                "--device=cpu", "--dtype=float32", "--chat", *GREEDY, *MESHES["tensor"]]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as talk:
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    with subprocess.Popen(command, cwd=ROOT, bufsize=0, **pipes) as talk:
         try:
             talk.stdin.write(b"hello\n")
             assert talk.stdout.read(1)
@@ -182,6 +209,7 @@ def test_all_ranks_end_when_one_does(folder: Path, fault: Callable):
                 fault(talk, ranks)
             code = talk.wait(60)
             assert (code == 0) == (fault is interrupt_the_first)
+            assert fault is not interrupt_twice or b"Traceback" not in talk.stderr.read()
             assert not psutil.wait_procs(ranks, 10)[1]
         finally:
             talk.kill()

@@ -20,6 +20,7 @@ from serving.catalog import Catalog, Offer
 from serving.limits import Hosts, Keys, Limits, read_keys
 from serving.requests import Piece
 from serving.service import Generation, Service
+from serving.text import Lead, without_lead
 from tests.asgi import Client, Reply
 from tests.fake_engine import FakeEngine
 from tests.unit.test_chat import tokenizer
@@ -212,6 +213,7 @@ WRONG_VALUES = [
     ({"stop_token_ids": [-1]}, "stop_token_ids must be a list of at most 1024 token ids"),
     ({"ignore_eos": "yes"}, "ignore_eos must be true or false, got 'yes'"), ({"min_tokens": -1}, "min_tokens must be"),
     ({"prompt_logprobs": 21}, "prompt_logprobs must be"), ({"num_beams": 0}, "num_beams must be"),
+    ({"num_beams": 17}, "num_beams is 17, and this server takes 16 at most (--max_beams): ask for fewer"),
     ({"n": 3, "num_beams": 2}, "n must not be more than num_beams"),
     ({"length_penalty": 2}, "length_penalty has no effect without num_beams"),
     ({"early_stopping": "soon", "num_beams": 2}, "early_stopping must be true or false or never"),
@@ -439,9 +441,11 @@ def test_what_a_model_says_before_every_answer_is_left_out():
         ("\n", ["\n", "a", "\nb"], ["", "a", "\nb"]), ("\n\n", ["\n", "", "\na", "b"], ["", "", "a", "b"]),
         ("\n\n", ["\n", "a"], ["", "\na"]), ("", ["a", "b"], ["a", "b"]), ("\n\n", ["\n"], ["\n"]),
     ):  # fmt: skip
-        choice = Choice(0, 0, lead)
+        choice = Choice(0, 0, Lead(lead))
         pieces = [Piece("x", 0, text, finish="stop" if n == len(texts) else None) for n, text in enumerate(texts, 1)]
         assert [choice.add(piece) for piece in pieces] == told and choice.text == "".join(told)
+        # The same in the terminal.
+        assert "".join(without_lead(iter(texts), lead)) == choice.text
 
 
 def test_no_logarithm_is_beyond_json(place: Place, monkeypatch: pytest.MonkeyPatch):

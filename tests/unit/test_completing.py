@@ -15,7 +15,9 @@ from serving import local
 from serving.engine import Engine
 from serving.generation import generate as plain_tokens
 from serving.loading import load
+from serving.plan import StepPlan
 from serving.requests import Piece, Request
+from serving.runner import Runner
 from tests.unit.test_chat import complete, folder, talk, tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 
@@ -111,10 +113,10 @@ def test_a_turn_computes_only_what_is_new(folder: Path, monkeypatch: pytest.Monk
 
 
 class Busy:
-    """Replaces an engine that has work for ever. At its third step, the user presses Ctrl-C."""
+    """Replaces an engine that has work for ever. At its third step, the user presses Ctrl-C so many times."""
 
-    def __init__(self):
-        self.steps, self.open = 0, set()
+    def __init__(self, times: int = 1):
+        self.steps, self.open, self.times = 0, set(), times
 
     @property
     def has_work(self) -> bool:
@@ -129,7 +131,8 @@ class Busy:
     def step(self) -> list[Piece]:
         self.steps += 1
         if self.steps == 3:
-            signal.raise_signal(signal.SIGINT)
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
             # The handler was called, and the step is not broken off.
             self.steps = 100
         return [Piece("a", 0, "x")]
@@ -141,6 +144,28 @@ def test_ctrl_c_waits_for_the_end_of_a_step():
         for piece in local.pieces_of(engine, [Request("a", (1,))]):
             pieces.append(piece)
     assert engine.steps == 100 and len(pieces) == 3 and not engine.open
+
+
+def test_a_second_ctrl_c_within_a_step_ends_the_talk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The engine could neither be asked again nor cancel the request, which it may hold in parts."""
+    before, engine = signal.getsignal(signal.SIGINT), Busy(times=2)
+    with pytest.raises(local.BrokenOff):
+        list(local.pieces_of(engine, [type("R", (), {"id": "a"})()]))
+    assert engine.steps == 3 and engine.open and signal.getsignal(signal.SIGINT) is before
+    run = Runner.run
+
+    def interrupted(runner: Runner, plan: StepPlan) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        if plan.parts[0].start:
+            signal.raise_signal(signal.SIGINT)
+        return run(runner, plan)
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    assert talk(folder, monkeypatch, "hello\nnever asked\n") == 130
+    said = capsys.readouterr()
+    assert "the model cannot go on: start it again" in said.err and said.err.count("\n") == 1
 
 
 def test_a_folder_recommends_how_to_draw(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -379,7 +379,7 @@ def test_the_text_before_an_answer_is_not_part_of_it(tmp_path: Path):
 
 @pytest.mark.parametrize("pieces, text", [
     (["\n", " fi", "ne"], "fine"), (["\n fine"], "fine"), (["fi", "ne"], "fine"), (["\n", "fine"], "\nfine"), ([], ""),
-    (["\n"], ""), (["\n \n x"], "\n x"),
+    (["\n"], "\n"), (["\n \n x"], "\n x"),
 ])  # fmt: skip
 def test_leads(pieces: list[str], text: str):
     assert "".join(without_lead(iter(pieces), "\n ")) == text
