@@ -189,8 +189,14 @@ def serve(
         offers = offers_of(own.served, path, name)
         step = offers[0].step
         generation = Generation(own.engine, Catalog(offers), None if step is None else f"step-{step}")
-        if (lockstep := own.lockstep) is not None:
-            generation.is_lost = lambda: lockstep.has_failed
+        engine, lockstep = own.engine, own.lockstep
+
+        def loss() -> str:
+            if lockstep is not None and lockstep.has_failed:
+                return "the ranks that share the model"
+            return "the device" if engine.has_lost_device else ""
+
+        generation.loss = loss
         return generation
 
     def load_next(path: Path) -> Generation:

@@ -272,7 +272,7 @@ def new_app(
 
     @app.get("/health")
     async def health() -> Response:
-        problem = service.broken or ("the server is ending" if service.is_ending else "")
+        problem = service.problem
         status = {"status": "ok"} if not problem else {"status": "unavailable", "reason": problem}
         return JSONResponse(status, 503 if problem else 200, _JSON_HEADERS)
 

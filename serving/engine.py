@@ -113,6 +113,9 @@ class Engine:
         self._outbox: list[Piece] = []
         self._num_arrived = 0
         self._prompt_tokens = self._cached_tokens = self._new_tokens = self._steps = 0
+        self._device = parameter.device
+        self.has_lost_device = False
+        """Whether the device has failed for good: every further step would fail."""
 
     @property
     def has_work(self) -> bool:
@@ -212,6 +215,7 @@ class Engine:
         except Exception as error:
             # Whatever it is, those who wait must hear of it, and all others are still served.
             logger.exception("a step of the engine failed")
+            self._look_at_device()
             # All choices of a request end: those that have just got a unit of their own have no next token either.
             answers = {id(answer): answer for owner in planned.owners if (answer := self._answers.get(owner.unit))}
             for unit in [unit for answer in answers.values() for unit in answer.units]:
@@ -300,7 +304,12 @@ class Engine:
         except Exception as error:
             # As for a step.
             logger.exception("the next token of a text failed")
+            self._look_at_device()
             return self._end(unit, "error", _failed(error))
+
+    def _look_at_device(self) -> None:
+        if not works(self._device):
+            self.has_lost_device = True
 
     def _count_prompt(self, answer: _Answer, unit: Unit) -> None:
         if answer.num_cached < 0:

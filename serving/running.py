@@ -1,8 +1,8 @@
 """The server's life: listening, signals, the end.
 
 The first SIGTERM or SIGINT refuses what is new (503) and lets finish what runs; then the process ends with 0. A second
-one ends it at once. If ranks share the model and a step fails, no rank can go on: those who wait get an error, and the
-process ends with another code, so that a supervisor starts it again.
+one ends it at once. If the device fails for good, or ranks share the model and a step fails, nothing can go on: those
+who wait get an error, and the process ends with another code, so that a supervisor starts it again.
 """
 
 import asyncio
@@ -100,9 +100,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def end_when_lost(self) -> None:
-        """End soon after the ranks cannot go on."""
+        """End soon after the service cannot go on."""
         await self._service.lost.wait()
-        logger.error("ends, since the ranks cannot go on: start them again")
+        logger.error("ends, since it cannot go on: start it again")
         self._service.end()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._service.ended(), _LAST_BYTES_S)

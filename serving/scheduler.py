@@ -14,6 +14,10 @@ A unit is admitted with the blocks that its tokens need; later it needs a block 
 that came last gives up its blocks and waits, in its old place. What it has said is computed again. The oldest unit is
 never preempted, and each fits into the cache alone, so everything ends. A unit whose next block is just being computed
 by another waits for that block. A step runs sequences of one adapter; adapters take turns.
+
+A unit for which there is no room holds up those that came after it, even if they are small. Room comes only from those
+that run; if small ones could take it again and again, a large one would never see enough of it at once. So a unit waits
+for those before it alone, and the places that stay empty meanwhile are what that costs.
 """
 
 from bisect import insort

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -58,8 +59,8 @@ class Generation:
     is_retired: bool = False
     failures: int = 0
     """Steps that failed since the last one that did not."""
-    is_lost: Callable[[], bool] = lambda: False
-    """Whether the ranks that share the model cannot go on, after a step that failed."""
+    loss: Callable[[], str] = lambda: ""
+    """What cannot go on after a step that failed, such as the device; empty: nothing was lost."""
 
 
 @dataclass(eq=False)
@@ -101,17 +102,18 @@ class Service:
     Args:
         generation: the model to begin with.
         most_open: choices that may be open at once.
+        step_timeout_s: a step that runs longer may hang.
     """
 
-    def __init__(self, generation: Generation, most_open: int):
-        self.most_open = most_open
+    def __init__(self, generation: Generation, most_open: int, step_timeout_s: float = 600.0):
+        self.most_open, self._step_timeout_s = most_open, step_timeout_s
         self.open = 0
         """Choices whose requests have not ended."""
         self.is_ending = False
         self.broken = ""
         """A sentence if the engine cannot go on."""
         self.lost = asyncio.Event()
-        """Set if the whole process must be started again, with the other ranks."""
+        """Set if the whole process must be started again, with the other ranks if there are some."""
         self._current = generation
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -121,6 +123,7 @@ class Service:
         self._generations = [generation]
         self._answers: dict[str, Answer] = {}
         self._is_closed = False
+        self._step_began: float | None = None
         self._stats = [generation.engine.stats()]
         self._past = dict.fromkeys(_COUNTS, 0)
 
@@ -130,6 +133,21 @@ class Service:
     def current(self) -> Generation:
         """The model that new requests get."""
         return self._current
+
+    @property
+    def problem(self) -> str:
+        """A sentence if new requests would not be answered; empty: all is well."""
+        if sentence := self._why_broken():
+            return sentence
+        began = self._step_began
+        if began is not None and (seconds := time.monotonic() - began) > self._step_timeout_s:
+            return f"a step of the engine has been running for {seconds:.0f} s: it may hang"
+        return "the server is ending" if self.is_ending else ""
+
+    def _why_broken(self) -> str:
+        if self.broken or self._loop is None or self._is_closed or self._thread.is_alive():
+            return self.broken
+        return "the engine's thread has ended; the server must be started again"
 
     def start(self) -> None:
         """Begin to work, for the running event loop."""
@@ -159,8 +177,8 @@ class Service:
         """
         if self.is_ending:
             raise Mistake("the server is ending: try again later, or elsewhere", code="ending", status=503)
-        if self.broken:
-            raise Mistake(self.broken, code="engine_failed", status=503)
+        if sentence := self._why_broken():
+            raise Mistake(sentence, code="engine_failed", status=503)
         generation = self._current
         generation.leases += 1
         try:
@@ -263,6 +281,7 @@ class Service:
                 self._inbox.get_nowait()()
 
     def _step(self, generation: Generation) -> None:
+        self._step_began = time.monotonic()
         try:
             pieces = generation.engine.step()
         except Exception as error:
@@ -277,12 +296,14 @@ class Service:
         else:
             generation.failures = 0
             self._post(pieces)
-        if generation.is_lost():
-            self._lose(generation)
+        finally:
+            self._step_began = None
+        if lost := generation.loss():
+            self._lose(generation, f"{lost} cannot go on; the server must be started again")
 
-    def _lose(self, generation: Generation) -> None:
-        """Give up an engine whose other ranks cannot go on."""
-        sentence = "the ranks that share the model cannot go on; the server must be started again"
+    def _lose(self, generation: Generation, sentence: str) -> None:
+        """Give up an engine that can compute nothing more in this process."""
+        logger.error(sentence)
         self._break(sentence)
         self._fail(generation, sentence)
         self._generations = [one for one in self._generations if one is not generation]

@@ -208,7 +208,8 @@ def test_all_ranks_end_when_one_does(folder: Path, fault: Callable):
             with contextlib.suppress(BrokenPipeError):
                 fault(talk, ranks)
             code = talk.wait(60)
-            assert (code == 0) == (fault is interrupt_the_first)
+            # The answer may have ended between the two.
+            assert (code == 0) == (fault is interrupt_the_first) or fault is interrupt_twice
             assert fault is not interrupt_twice or b"Traceback" not in talk.stderr.read()
             assert not psutil.wait_procs(ranks, 10)[1]
         finally:

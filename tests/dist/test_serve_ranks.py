@@ -122,7 +122,7 @@ def test_a_step_that_fails_ends_the_server(folder: Path, tmp_path: Path):
         assert b"a step of the engine failed" in said
         # A supervisor must see that it is no orderly end.
         assert ranks.ends() == [1, -signal.SIGKILL], ranks.said()
-        assert "ends, since the ranks cannot go on" in ranks.said()
+        assert "the ranks that share the model cannot go on" in ranks.said()
 
 
 def test_ranks_follow_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -712,6 +713,43 @@ def test_a_fault_of_the_engine(new_place: Callable[..., Place]):
     refused(place.post(COMPLETIONS, CONTINUED), 503, "must be started again")
     assert b'zero2all_choices_total{finish="error"} 4.0' in place.get("/metrics").body
     assert place.get("/health").status == 503
+
+
+def test_a_device_that_fails_for_good_ends_the_service(new_place: Callable[..., Place]):
+    place = new_place()
+    place.generation.loss = lambda: "the device" if place.engine.fails else ""
+    assert place.post(CHAT, ASKED).status == 200 and not place.service.lost.is_set()
+    place.engine.fails = RuntimeError("CUDA error: device-side assert triggered")
+    refused(place.post(CHAT, ASKED), 500)
+    place.wait_for(lambda: place.get("/health").status == 503)
+    place.wait_for(place.service.lost.is_set)
+    refused(place.post(CHAT, ASKED), 503, "the device cannot go on; the server must be started again")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_died_is_told(new_place: Callable[..., Place]):
+    place = new_place()
+    place.engine.fails = SystemExit()
+    running = place.begin("POST", CHAT, ASKED)
+    place.wait_for(lambda: place.get("/health").status == 503)
+    assert place.get("/health").json["reason"] == "the engine's thread has ended; the server must be started again"
+    refused(place.post(CHAT, ASKED), 503, "the engine's thread has ended")
+    running.leave()
+
+
+def test_a_step_that_hangs_is_told(new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch):
+    """Until it ends."""
+    place, ends = new_place(), threading.Event()
+    step = place.engine.step
+    monkeypatch.setattr(place.engine, "step", lambda: ends.wait(20) and step())
+    monkeypatch.setattr(place.service, "_step_timeout_s", 0.2)
+    running = place.begin("POST", CHAT, ASKED)
+    place.wait_for(lambda: place.engine.open)
+    assert place.get("/health").status == 200
+    place.wait_for(lambda: place.get("/health").status == 503)
+    assert "a step of the engine has been running for 0 s: it may hang" in place.get("/health").json["reason"]
+    ends.set()
+    assert running.wait().status == 200 and place.get("/health").status == 200
 
 
 def test_what_the_engine_refuses_is_a_sentence(place: Place, monkeypatch: pytest.MonkeyPatch):

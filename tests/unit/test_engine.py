@@ -217,6 +217,24 @@ def test_a_fault_ends_those_concerned_alone(served: Served, caplog: pytest.LogCa
     assert "out of memory" in caplog.text
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_device_that_fails_for_good_is_noticed(served: Served, monkeypatch: pytest.MonkeyPatch, works: bool):
+    engine = engine_of(served)
+    engine._runner = runner = Faulty(served, 20, 4)
+    runner.fails_at = (1,)
+
+    def ones(*arguments: object, **options: object) -> torch.Tensor:
+        if not works:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return torch.tensor([1.0])
+
+    engine.submit(Request("a", (5, 6), GREEDY))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", ones)
+        assert [piece.finish for piece in engine.step()] == ["error"]
+    assert engine.has_lost_device is not works
+
+
 def test_a_fault_between_two_steps_ends_all_choices(served: Served, monkeypatch: pytest.MonkeyPatch):
     engine = engine_of(served, plain=True)
 

@@ -27,6 +27,7 @@ class Pool:
         for source, target in plan.copies:
             slots[target * size : (target + 1) * size] = old[source * size : (source + 1) * size]
         assert len({target for _, target in plan.copies}) == len(plan.copies)
+        readable = list(slots)
         for (unit, sequence, _), part in zip(planned.owners, plan.parts, strict=True):
             assert part.start == sequence.num_computed and part.tokens
             end = part.start + len(part.tokens)
@@ -34,9 +35,10 @@ class Pool:
             assert part.blocks == sequence.table.blocks[: len(part.blocks)]
             assert len(part.blocks) == self.blocks.blocks_for(end)
             places = [part.blocks[n // size] * size + n % size for n in range(end)]
-            # A slot stands for all that its keys and values depend on: the tokens up to it.
+            # A slot stands for all that its keys and values depend on: the tokens up to it. Parts do not wait for each
+            # other, so what this step writes cannot be read in it.
             for n in range(part.start):
-                assert slots[places[n]] == (plan.adapter, tuple(sequence.tokens[: n + 1])), "read what is not there"
+                assert readable[places[n]] == (plan.adapter, tuple(sequence.tokens[: n + 1])), "read what is not there"
             for n in range(part.start, end):
                 # Beams that are computed again may have to share what the first of them writes.
                 same = [one for one in unit.sequences if one.tokens[: n + 1] == sequence.tokens[: n + 1]]
@@ -46,7 +48,6 @@ class Pool:
                 assert self.blocks.key_of(block) is None
                 assert places[n] not in written
                 written.add(places[n])
-            # What is written in this step can be read from the next one on: parts do not depend on their order.
             for n in range(part.start, end):
                 slots[places[n]] = (plan.adapter, tuple(sequence.tokens[: n + 1]))
 
@@ -90,7 +91,7 @@ class World:
         self.ended += 1
 
     def step(self) -> bool:
-        before = list(self.scheduler.running)
+        before, preemptions = list(self.scheduler.running), self.scheduler.num_preemptions
         ready = [unit for unit in before if unit.is_ready]
         planned = self.scheduler.plan()
         if planned is None:
@@ -99,6 +100,8 @@ class World:
         if preempted:
             first = min(unit.arrival for unit in preempted)
             assert all(unit.arrival < first for unit in self.scheduler.running), "the latest gives up its blocks"
+        if self.scheduler.num_preemptions > preemptions:
+            assert set(self.scheduler.running) < set(before), "nobody is admitted where another has just given way"
         has_part = {owner.unit for owner in planned.owners}
         for unit in ready:
             is_others_turn = unit.adapter != planned.plan.adapter
@@ -252,6 +255,48 @@ def test_blocks_that_are_being_computed_are_waited_for():
     while scheduler.running:
         advance(scheduler)
     assert not scheduler._coming and not scheduler.blocks.num_used
+
+
+def test_an_older_request_of_another_adapter_keeps_its_room():
+    """Or those who come later, of the adapter whose turn it is, could take it again and again."""
+    scheduler = Scheduler(Blocks(10, 4), 8, 64, 8)
+    scheduler.add(unit_of(0, [0] * 15, 20, "ours"))
+    advance(scheduler)
+    older, newer = unit_of(1, [1] * 20, 1, "other"), unit_of(2, [2] * 8, 1, "ours")
+    for unit in (older, newer):
+        scheduler.add(unit)
+    scheduler._last_turns |= {"ours": -1}
+    planned = advance(scheduler)
+    assert planned.plan.adapter == "ours" and scheduler.waiting == [older, newer]
+    assert advance(scheduler).plan.adapter == "other" and older not in scheduler.waiting
+
+
+def test_beams_are_computed_again_one_after_another():
+    """The second one's first block is the first one's, so it begins when that one has been computed; both have their
+    last token in one step."""
+    scheduler = Scheduler(Blocks(20, 4, False), 4, 6, 8)
+    search = Unit((0, 0), [Sequence([1] * 4)], 40, 2, is_search=True)
+    scheduler.add(search)
+    advance_search(scheduler, search, [0, 0], [5, 6])
+    for token in range(7, 12):
+        advance_search(scheduler, search, [0, 1], [token, token])
+    scheduler.preempt(search)
+    tokens = [list(one.tokens) for one in search.sequences]
+    steps = []
+    while not steps or len(steps[-1]) < 2:
+        planned = scheduler.plan()
+        steps.append([(search.sequences.index(owner.sequence), owner.part.start, len(owner.part.tokens))
+                      for owner in planned.owners])  # fmt: skip
+        scheduler.computed(planned)
+    assert [one.tokens for one in search.sequences] == tokens and len(tokens[0]) == 10
+    assert steps == [[(0, 0, 6)], [(0, 6, 3)], [(1, 4, 5)], [(0, 9, 1), (1, 9, 1)]]
+
+
+def advance_search(scheduler: Scheduler, search: Unit, parents: list[int], tokens: list[int]) -> None:
+    planned = scheduler.plan()
+    assert {owner.unit for owner in planned.owners} == {search}
+    scheduler.computed(planned)
+    scheduler.select(search, parents, tokens)
 
 
 def test_what_fits():
