@@ -24,6 +24,7 @@ from serving.admission import EngineOptions, limit_of, width_of
 from serving.beams import BeamSearch
 from serving.cache import Blocks
 from serving.continuations import Continuation, texts_of
+from serving.failures import works
 from serving.invariant import InvariantRunner
 from serving.loading import Served, Speech
 from serving.plan import StepPlan

@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_within_a_step_ends_the_talk(
     """The engine could neither be asked again nor cancel the request, which it may hold in parts."""
     before, engine = signal.getsignal(signal.SIGINT), Busy(times=2)
     with pytest.raises(local.BrokenOff):
-        list(local.pieces_of(engine, [type("R", (), {"id": "a"})()]))
+        list(local.pieces_of(engine, [Request("a", (1,))]))
     assert engine.steps == 3 and engine.open and signal.getsignal(signal.SIGINT) is before
     run = Runner.run
 
