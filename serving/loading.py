@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from model.adapters.switch import Adapters
 from model.config import ModelConfig
 from model.divided import Cutter, outline_of_part
 from model.generation_config import read_adapters_generation_config
+from model.ops import build_ops, choose_ops, needs_of
 from model.packed import pack
 from serving.arguments import name_of, require_new
 from tokenizer import Tokenizer, load_tokenizer
@@ -154,7 +155,7 @@ def load(
         _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
     if new_cutter is not None:
         return _load_part(new_cutter, config, base, found, speech, speeches, device, dtype)
-    model = (hf.outline_in_4bit if in_4bit else hf.outline_in)(config, device, dtype)
+    model = (hf.outline_in_4bit if in_4bit else hf.outline_in)(config, device, dtype, *_options(config, device, dtype))
     hf.load_weights(model, base)
     served = Served(model, speech)
     for name, adapter in found.items():
@@ -181,7 +182,7 @@ def _load_part(
                 f"the adapter in {adapter} adds tokens, for which a model that several processes share has no rows: "
                 f"merge it first (python -m model.adapters.merge)"
             )
-    model = outline_of_part(config, (), device, dtype, spec, cutter)
+    model = outline_of_part(config, _options(config, device, dtype), device, dtype, spec, cutter)
 
     def fill() -> None:
         hf.load_weights(model, base)
@@ -192,6 +193,13 @@ def _load_part(
     # Each reads its own part, and may be the only one whose files are damaged.
     cutter.together(fill)
     return Served(model, speech)
+
+
+def _options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of Decoder beside its shape: nothing is recomputed, and a GPU has the operations that are fastest in
+    training. On a CPU these save nothing for a few rows at a time."""
+    kernels = "auto" if device.type == "cuda" else "reference"
+    return False, "nothing", build_ops(choose_ops(kernels, {}, device, dtype, needs_of(config)))
 
 
 def _speech_of(directory: Path, base: Path) -> Speech:

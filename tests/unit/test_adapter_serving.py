@@ -3,12 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model.adapters import merge as merging
+from model.config import ModelConfig
+from model.kernels.experts import sorted_experts
 from model.quantized import Linear4bit
+from serving import loading
 from serving.arguments import parse_adapters
 from serving.loading import load
 from tests.adapter_folders import make_adapter
@@ -123,3 +127,18 @@ def test_names_of_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = ["a=$SOMEWHERE/x", "out/run/", "/data/r=8/b", "c=d=e"]
     found = {"a": Path("/data/x"), "run": Path("out/run"), "b": Path("/data/r=8/b"), "c": Path("d=e")}
     assert parse_adapters(texts) == found
+
+
+@pytest.mark.parametrize(("device", "kernels"), [("cpu", "reference"), ("cuda", "auto")])
+def test_a_gpu_has_the_operations_of_training(monkeypatch: pytest.MonkeyPatch, device: str, kernels: str):
+    asked = []
+
+    def choose(*arguments: Any) -> dict[str, str]:
+        asked.append(arguments)
+        return {"swiglu": "reference", "experts": "sorted"}
+
+    monkeypatch.setattr(loading, "choose_ops", choose)
+    config = ModelConfig(vocab_size=32, max_position_embeddings=16, sliding_window=4).resolve()
+    *_, ops = loading._options(config, torch.device(device), torch.bfloat16)
+    assert asked == [(kernels, {}, torch.device(device), torch.bfloat16, frozenset({"window"}))]
+    assert ops.experts is sorted_experts
