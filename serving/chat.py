@@ -145,11 +145,13 @@ class Chat:
         self.forgotten = forgotten
         return ids
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> int:
         """Write the conversation as a file that SFT reads: one record, {"messages": [...]}, on one line. Questions
         without an answer are left out, as no record may have an empty message. A file that this conversation was saved
         in before is replaced.
 
+        Returns:
+            The number of messages in it, with the system text.
         Raises:
             ValueError: there is nothing to save, or the file exists.
             OSError: the file cannot be written.
@@ -162,7 +164,8 @@ class Chat:
             raise ValueError(f"{path} exists: give another name")
         if not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another")
-        system = [Message("system", self.system)] if self.system else []
-        record = {"messages": [{"role": one.role, "content": one.text} for one in [*system, *said]]}
+        written = [*([Message("system", self.system)] if self.system else []), *said]
+        record = {"messages": [{"role": one.role, "content": one.text} for one in written]}
         atomic_write(path, (json.dumps(record, ensure_ascii=False) + "\n").encode())
         self._saved = path
+        return len(written)

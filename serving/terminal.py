@@ -164,5 +164,6 @@ class Talk:
             raise ValueError("/save needs the name of a file")
         path = Path(expand(name))
         path = path if path.suffix == ".jsonl" else path.with_name(f"{path.name}.jsonl")
-        self._chat.save(path)
-        tell(f"{len(self._chat.messages)} messages are in {path}, for --task_type=sft")
+        count = self._chat.save(path)
+        first = ", the system text among them," if self._chat.system else ""
+        tell(f"{count} messages{first} are in {path}, for --task_type=sft")

@@ -124,11 +124,11 @@ def test_a_saved_conversation_is_what_sft_reads(tokenizer: Tokenizer, tmp_path: 
         chat.save(path)
     for question in ("1?\n2?", "漢字", "3?"):
         "".join(chat.answer(question))
-        chat.save(path)
+        count = chat.save(path)
     record = parse_record(json.loads(path.read_text("utf-8")))
     assert [len(line) > 9 for line in path.read_text("utf-8").splitlines()] == [True]
     said = [("system", "be brief"), ("user", "1?\n2?"), ("assistant", "one\n"), ("user", "漢字"), ("assistant", "two")]
-    assert [(message.role, message.text) for message in record.messages] == said
+    assert [(message.role, message.text) for message in record.messages] == said and count == 5
     chat.reset()
     "".join(chat.answer("3?"))
     with pytest.raises(ValueError, match="exists: give another name"):
@@ -325,7 +325,8 @@ def test_commands_of_a_talk(folder: Path, monkeypatch, capsys: pytest.CaptureFix
     told = [line.removeprefix("generate: ") for line in said.err.splitlines()]
     assert told == [
         "nothing was asked yet", "nothing was said yet", "the model is told first: (nothing)",
-        "the model is told first: Be", "brief.", "2 messages are in a.jsonl, for --task_type=sft",
+        "the model is told first: Be", "brief.",
+        "3 messages, the system text among them, are in a.jsonl, for --task_type=sft",
         "/save needs the name of a file", "/etc is not a command: /help lists them", "nothing was said yet",
         "the model is told first: (nothing)", "a.jsonl exists: give another name",
     ]  # fmt: skip
