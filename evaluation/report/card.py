@@ -36,6 +36,8 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
+    folded: bool = False
+    """Whether the page shows it when it is asked to."""
 
 
 @dataclass(frozen=True)

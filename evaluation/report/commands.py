@@ -11,7 +11,7 @@ from evaluation.report.card import Block, Facts, Heading, Section, Text, Verbati
 from evaluation.report.run import Run
 from evaluation.report.scores import Scored
 from evaluation.report.trained import data_dir
-from evaluation.report.words import NOT_RECORDED, counted, listed, short
+from evaluation.report.words import NOT_RECORDED, counted, listed, short, without_home
 from training.config import Config
 from utils.paths import for_command
 
@@ -30,7 +30,8 @@ def commands(runs: Sequence[Run], scored: Sequence[Scored]) -> Section:
         blocks.append(Facts(list(_versions(run))))
     for one in scored:
         if one.results.commands:
-            blocks += [Heading(f"{one.name}: evaluation"), Verbatim("\n".join(one.results.commands))]
+            told = "\n".join(without_home(str(command)) for command in one.results.commands)
+            blocks += [Heading(f"{one.name}: evaluation"), Verbatim(told)]
             if one.results.versions:
                 blocks.append(Facts([("versions", _named(one.results.versions))]))
     return Section("The commands that reproduce it", blocks)
@@ -45,7 +46,7 @@ def _data(run: Run) -> Iterator[Block]:
         except (ValueError, OSError):
             found = None
     if isinstance(found, list) and found:
-        yield Verbatim("\n".join(str(command) for command in found), "data")
+        yield Verbatim("\n".join(without_home(str(command)) for command in found), "data")
     else:
         yield Text(f"The commands that made its data: {NOT_RECORDED}.")
 

@@ -63,6 +63,8 @@ def _block(block: Block) -> str:
     if isinstance(block, Facts):
         return _facts(block)
     if isinstance(block, Table):
+        if block.folded:
+            return f"<details><summary>{text(block.title)}</summary>{_table(block.header, block.rows)}</details>"
         return _table(block.header, block.rows, block.title)
     assert isinstance(block, Verbatim)
     title = f"<figcaption>{text(block.title)}</figcaption>" if block.title else ""

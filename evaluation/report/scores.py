@@ -7,7 +7,7 @@ the error of the mean difference is smaller than those of the two means (Miller,
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,10 @@ def scores(columns: Sequence[Scored]) -> tuple[Section, list[str]]:
             "Each cell: the figure, its 95% interval (1.96 standard errors of the mean over the samples), and the "
             "number of samples. Arrows show whether higher or lower is better."
         ),
-        Table(["task", "figure", *names], list(_rows(columns))),
+        Table(["task", "figure", *names], list(_rows(columns, parts=False))),
     ]
+    if parts := list(_rows(columns, parts=True)):
+        blocks.append(Table(["task", "figure", *names], parts, "The figures by kinds of samples", folded=True))
     for name, scored in zip(names, columns):
         empty = {task.name: task.settings.get("reason") for task in scored.results.tasks.values() if not task.figures}
         blocks += [Text(f"{name} has no figures of {task}: {reason or 'no reason is recorded'}.", "note")
@@ -164,9 +166,17 @@ def _figure(scored: Scored, task: str, metric: str) -> Figure | None:
     return found.figures.get(metric) if found is not None else None
 
 
-def _rows(columns: Sequence[Scored]) -> Iterator[list[str]]:
-    before = ""
-    for task, metric in _tasks(columns):
+def is_part(metric: str, metrics: Container[str]) -> bool:
+    """Whether it is another figure for some of the samples alone: "acc/8" beside "acc"."""
+    return "/" in metric and metric.partition("/")[0] in metrics
+
+
+def _rows(columns: Sequence[Scored], parts: bool) -> Iterator[list[str]]:
+    """A row a figure: the parts of figures, or all others."""
+    before, having = "", list(_tasks(columns))
+    for task, metric in having:
+        if is_part(metric, {other for name, other in having if name == task}) != parts:
+            continue
         figures = [_figure(scored, task, metric) for scored in columns]
         arrow = "↑" if next(figure for figure in figures if figure is not None).higher_is_better else "↓"
         yield [task if task != before else "", f"{metric} {arrow}", *map(_cell, figures)]
@@ -221,7 +231,7 @@ def _differences(columns: Sequence[Scored]) -> Iterator[list[str]]:
 
     for task, metric in _tasks(columns):
         own = _figure(ours, task, metric)
-        if own is None:
+        if own is None or is_part(metric, ours.results.tasks[task].figures):
             continue
         cells = []
         for place, other in enumerate(columns[1:], 1):
@@ -251,6 +261,8 @@ def compared(own: Figure, other: Figure, pairs: Sequence[tuple[float, float]]) -
         if difference.error is not None and math.isclose(difference.value, change, rel_tol=1e-6, abs_tol=1e-9):
             half = 1.96 * difference.error
             counts = abs(change) > half
+            if change == half == 0:
+                return f"the same ({len(pairs)} pairs)"
             return f"{_signed(change)} ± {number(half)} ({len(pairs)} pairs): {_verdict(own, change, counts)}"
     if own.interval is None or other.interval is None:
         return f"{_signed(change)}, error unknown"

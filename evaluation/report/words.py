@@ -70,6 +70,12 @@ def short(path: Path | str) -> str:
     return str(found)
 
 
+def without_home(command: str) -> str:
+    """A command in which paths below the home directory begin with `~`, which our commands expand."""
+    home = _home()
+    return command if home is None else command.replace(f"{home}/", "~/")
+
+
 def _home() -> Path | None:
     try:
         home = Path.home()
@@ -84,12 +90,14 @@ def cut(text: str, most: int) -> str:
 
 
 def on_a_line(text: str) -> str:
-    """A text as one line without characters that nobody sees or that turn the direction of writing."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    """A text as one line without characters that nobody sees or that turn the direction of writing, and without the
+    home directory, which sentences of other rooms may name."""
+    line = without_home(" ".join(text.split()))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def on_lines(text: str) -> str:
-    """The same for a text whose lines and spaces stay; control characters become their pictures."""
+    """The same for a text whose lines and spaces stay, home directories too; control characters become their pictures."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
         for c in text

@@ -356,7 +356,7 @@ def test_scores_stand_beside_others_and_differences_are_judged(tmp_path: Path):
         "even", "acc ↑", f"{mean:.4g} [{mean - 1.96 * error:.4g}, {mean + 1.96 * error:.4g}], n=60",
         table.rows[0][3],
     ]  # fmt: skip
-    assert table.rows[1][0] == "odd" and table.rows[1][3] == "–"
+    assert table.rows[1][0] == "odd" and table.rows[1][3] == "–" and len(table.rows) == 2
     change = np.array(theirs) - np.array(ours)
     half = 1.96 * np.std(change, ddof=1) / math.sqrt(60)
     assert differences.rows == [["even", "acc", f"−{-change.mean():.4g} ± {half:.4g} (60 pairs): worse"]]
@@ -365,6 +365,28 @@ def test_scores_stand_beside_others_and_differences_are_judged(tmp_path: Path):
     assert compared(first, second, []) == f"−{-change.mean():.4g}: not beyond noise, the intervals overlap"
     charts = [b for s in gather(run).sections for b in s.blocks if isinstance(b, Chart) and b.title == "even"]
     assert charts[0].series[0].points == [(3.0, 0.5), (7.0, float(mean))]
+
+
+def test_figures_by_kinds_of_samples_stand_apart(tmp_path: Path):
+    run = a_run(tmp_path / "run")
+    figures = {"acc": Figure(0.5, 0.1, 9), "acc/8": Figure(0.25, 0.1, 4), "rate/s": Figure(7.0, None, 9)}
+    write_results(run / "eval" / "step-7", Results({}, {"t": TaskResult("t", figures)}))
+    section = next(s for s in gather(run).sections if s.title == "Scores")
+    whole, parts = (block for block in section.blocks if isinstance(block, Table))
+    assert [row[1] for row in whole.rows] == ["acc ↑", "rate/s ↑"] and not whole.folded
+    assert [row[1] for row in parts.rows] == ["acc/8 ↑"] and parts.folded
+
+
+def test_commands_do_not_tell_where_somebody_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "someone"))
+    run = MadeRun(tmp_path / "someone" / "out" / "run", out_dir=str(tmp_path / "someone" / "out" / "run"))
+    path = run.finish()
+    results = Results({}, {}, {}, (f"python evaluate_model.py --model {path} --tasks zero",))
+    write_results(path / "eval" / "step-1", results)
+    card = gather(path)
+    assert "--out_dir='~/out/run'" in training_command(read_run(path))
+    assert "--model ~/out/run " in said(card, "The commands that reproduce it")
+    assert "someone" not in to_page(card) and "someone" not in to_markdown(card)
 
 
 def test_figures_that_cannot_be_compared_are_marked(tmp_path: Path):
