@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configurator import flatten
+from dataset.mixture_spec import directories_of
 from dataset.sequences import read_manifest
 from evaluation.report.card import Block, Facts, Heading, Section, Text, Verbatim
 from evaluation.report.run import Run
@@ -42,10 +43,11 @@ def _data(run: Run) -> Iterator[Block]:
     directory, found = data_dir(run), None
     if directory is not None:
         try:
-            found = read_manifest(directory).get("commands")
+            lists = [read_manifest(folder).get("commands") for folder in directories_of(directory)]
+            found = [command for one in lists if isinstance(one, list) for command in one]
         except (ValueError, OSError):
             found = None
-    if isinstance(found, list) and found:
+    if found:
         yield Verbatim("\n".join(without_home(str(command)) for command in found), "data")
     else:
         yield Text(f"The commands that made its data: {NOT_RECORDED}.")

@@ -6,16 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint.folder import list_checkpoints
 from dataset.format import read_bin_header, read_document_table
+from dataset.mixture import MixtureDataset, given_before
+from dataset.mixture_spec import directories_of
 from dataset.opening import TaskDataset, open_dataset
 from dataset.pretrain import PretrainDataset
 from dataset.sequences import read_manifest
 from evaluation.report.card import Block, Facts, Heading, Section, Text
 from evaluation.report.run import Run
-from evaluation.report.words import NOT_RECORDED, counted, listed, short
+from evaluation.report.words import NOT_RECORDED, counted, listed, share, short
 from model.adapters.config import AdapterConfig
 from model.config import ModelConfig
 from model.shapes import count, parameters_of, trained_of
+from utils.small_files import parse_json, read_small
 
 _MOST_SOURCES = 12
 _TASKS = {"pretrain": "pretraining", "sft": "SFT on conversations", "dpo": "DPO on preferences"}
@@ -106,9 +110,19 @@ def _model(run: Run) -> Iterator[tuple[str, str]]:
     heads = counted(config.num_attention_heads, "head")
     yield (
         "model",
-        f"{config.model_type or 'no family named'}: {total:,} parameters, {shape}, {heads}, vocabulary of "
+        f"{config.model_type or _saved_family(run)}: {total:,} parameters, {shape}, {heads}, vocabulary of "
         f"{config.vocab_size:,}{experts}",
     )
+
+
+def _saved_family(run: Run) -> str:
+    """The family as which the newest checkpoint was saved, for a run that names none."""
+    try:
+        newest = list_checkpoints(run.paths.ckpt_dir)[-1].path
+        found = parse_json(read_small(newest / "config.json", 1 << 20))
+        return str(found["model_type"]) if isinstance(found, dict) else "of no family that is known"
+    except (OSError, ValueError, LookupError):
+        return "of no family that is known"
 
 
 def _adapter(run: Run) -> Iterator[tuple[str, str]]:
@@ -144,15 +158,19 @@ def _processes(run: Run) -> str:
     return ", ".join([text, *used])
 
 
+def samples_seen(run: Run) -> int | None:
+    """Samples of the stream that the run has taken; None: it does not say."""
+    step, start = run.last("train", "step"), run.start
+    consumed, batch = start.get("samples_consumed"), start.get("global_batch_size")
+    if step is None or type(batch) is not int or type(consumed) is not int:
+        return None
+    return consumed + (int(step) - start["step"]) * batch
+
+
 def _epochs(run: Run) -> str:
-    train, start = run.snapshot.tables.get("train"), run.start
-    if train is None or "samples_consumed" not in start:
+    seen = samples_seen(run)
+    if seen is None:
         return NOT_RECORDED
-    step, consumed = start["step"], start["samples_consumed"]
-    batch = start.get("global_batch_size")
-    if type(batch) is not int or type(consumed) is not int:
-        return NOT_RECORDED
-    seen = consumed + (int(train["step"][-1]) - step) * batch
     dataset = opened(run)
     if isinstance(dataset, str):
         return f"{seen:,} samples; of how many is not known"
@@ -195,17 +213,20 @@ def data_facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "tokenizer", f"{_tokenizer(run, directory)}, fingerprint {_fingerprints(dataset)[:12]}"
         same = "" if dataset.fingerprint == run.start.get("data") else "; ANOTHER than the run recorded"
         yield "fingerprint of the data", f"{dataset.fingerprint[:16]}{same}"
-    yield from _recipe(directory)
+    yield "mixture", _mixture(run, directory)
+    yield "decontamination", recorded(directory, "decontamination") or NOT_RECORDED
     held_out = data_dir(run, "valid")
     if held_out is not None and held_out != directory:
         yield "validation data", short(held_out)
 
 
 def _content(dataset: TaskDataset) -> str:
-    if isinstance(dataset, PretrainDataset):
-        documents = sum(header.num_documents for header in dataset.headers)
-        tokens = sum(header.num_tokens for header in dataset.headers)
-        text_bytes = sum(header.text_bytes for header in dataset.headers)
+    if isinstance(dataset, PretrainDataset | MixtureDataset):
+        parts = dataset.parts if isinstance(dataset, MixtureDataset) else [dataset]
+        headers = [header for part in parts for header in part.headers]
+        documents = sum(header.num_documents for header in headers)
+        tokens = sum(header.num_tokens for header in headers)
+        text_bytes = sum(header.text_bytes for header in headers)
         return f"{counted(documents, 'document')}, {tokens:,} tokens, {text_bytes:,} bytes of text"
     sequences = dataset.sequences
     return (
@@ -215,23 +236,25 @@ def _content(dataset: TaskDataset) -> str:
 
 
 def _fingerprints(dataset: TaskDataset) -> str:
-    if isinstance(dataset, PretrainDataset):
+    if isinstance(dataset, PretrainDataset | MixtureDataset):
         return dataset.header.tokenizer_fingerprint
     return dataset.sequences.header.tokenizer_fingerprint
 
 
 def _tokenizer(run: Run, directory: Path) -> str:
-    return short(str(run.config.get("tokenizer_dir") or directory / "tokenizer"))
+    return short(str(run.config.get("tokenizer_dir") or directories_of(directory)[0] / "tokenizer"))
 
 
 def _sources(directory: Path, dataset: TaskDataset) -> str:
     """The files, by the folder that they lay in, with the number of their documents."""
     found: Counter[str] = Counter()
     try:
-        if isinstance(dataset, PretrainDataset):
-            for name in read_manifest(directory)["shards"]["train"]:
-                if read_bin_header(directory / name).num_documents:
-                    table = read_document_table(directory / name)
+        if isinstance(dataset, PretrainDataset | MixtureDataset):
+            shards = [folder / name for folder in directories_of(directory)
+                      for name in read_manifest(folder)["shards"]["train"]]  # fmt: skip
+            for shard in shards:
+                if read_bin_header(shard).num_documents:
+                    table = read_document_table(shard)
                     for index, (path, _) in enumerate(table.sources):
                         found[_folder(path)] += int((table.files == index).sum())
         else:
@@ -246,22 +269,36 @@ def _sources(directory: Path, dataset: TaskDataset) -> str:
 
 
 def _folder(path: str) -> str:
-    """The first folder of a path below the corpus; a file that lies in none stands for itself, a module for `*.py`."""
+    """The first folder of a path below the corpus; files that lie in none are put together by their endings."""
     parts = Path(path).parts
     return f"{parts[0]}/" if len(parts) > 1 else f"*{Path(path).suffix}" if Path(path).suffix else path
 
 
-def _recipe(directory: Path) -> Iterator[tuple[str, str]]:
-    """How the data was mixed and cleaned. Whoever makes data records it in the manifest, under these keys, as a text
-    or as values by name."""
+def _mixture(run: Run, directory: Path) -> str:
+    """What each source of a mixture has given; or how the data was mixed when it was made, if its maker recorded it."""
     try:
-        manifest = read_manifest(directory)
+        given, seen = given_before(run.start, samples_seen(run) or 0), samples_seen(run)
+        sources = run.start["mixture"]["sources"]
+        told = [(str(source["name"]), given[source["fingerprint"]], source["samples"]) for source in sources]
+        return ", ".join(
+            f"{name} {count:,} samples ({share(count, seen or 0)} of the stream, {count / max(size, 1):.3g} epochs)"
+            for name, count, size in told
+        )
+    except (ValueError, LookupError, TypeError):
+        return recorded(directory, "mixture") or NOT_RECORDED
+
+
+def recorded(directory: Path, key: str) -> str:
+    """What the makers of the data recorded in their manifests under a key, as a text or as values by name; empty if
+    nothing."""
+    found = {}
+    try:
+        for folder in directories_of(directory):
+            found[folder.name] = _told(read_manifest(folder).get(key))
     except (ValueError, OSError):
-        manifest = {}
-    for key in ("mixture", "decontamination"):
-        yield key, _told(manifest.get(key))
-    if manifest.get("bad_records"):
-        yield "unreadable records", f"{manifest['bad_records']:,} left out"
+        return ""
+    named = {name: value for name, value in found.items() if value != NOT_RECORDED}
+    return "; ".join(named.values() if len(found) == 1 else (f"{name}: {value}" for name, value in named.items()))
 
 
 def _told(value: object) -> str:

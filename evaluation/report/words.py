@@ -97,7 +97,7 @@ def on_a_line(text: str) -> str:
 
 
 def on_lines(text: str) -> str:
-    """The same for a text whose lines and spaces stay, home directories too; control characters become their pictures."""
+    """The same for a text whose lines, spaces and home directories stay; control characters become their pictures."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
         for c in text

@@ -5,12 +5,14 @@ import math
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dataset.shares import plan, schedule_to_json
 from evaluation.report.__main__ import main
 from evaluation.report.card import Card, Chart, Facts, Section, Series, Table, Text, Verbatim
 from evaluation.report.chart_values import sentence_of, table_of
@@ -154,6 +156,23 @@ def test_a_real_run_is_described_and_audited(tiny_run: list[str], data_dir: Path
     log.write_text(re.sub('"digest": "[0-9a-f]{4}', '"digest": "0000', log.read_text()))
     card = gather(tmp_path / "run")
     assert dict(card.summary.rows)["audit"].startswith("FAILED, ") and "WRONG step 1: the digest" in said(card, "Audit")
+
+
+def test_a_mixture_is_told_by_its_sources(tmp_path: Path):
+    """A record as a run writes it: three of four samples from the first source."""
+    mixture = {
+        "sources": [{"name": "web", "dir": "w", "fingerprint": "aa", "samples": 40},
+                    {"name": "code", "dir": "c", "fingerprint": "bb", "samples": 100}],
+        "schedule": schedule_to_json(plan([(0, [Fraction(3), Fraction(1)])], [None, None], [0, 0])),
+        "wished": [],
+    }  # fmt: skip
+    run = MadeRun(tmp_path / "run")
+    run.start(mixture=mixture)
+    run.train(range(1, 11))
+    trained = facts(gather(run.finish({"train_data": "w:3,c:1", **SHAPE})), "What was trained on what")
+    assert trained["mixture"] == (
+        "web 60 samples (75.0% of the stream, 1.5 epochs), code 20 samples (25.0% of the stream, 0.2 epochs)"
+    )
 
 
 def test_a_chain_of_runs_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
