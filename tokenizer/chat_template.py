@@ -152,10 +152,25 @@ class ChatTemplate:
         Raises:
             ValueError: see render.
         """
+        return self.beginnings(messages, tools)("")
+
+    def beginnings(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> Callable[[str], list[int]]:
+        """Function from the beginning of an answer to the tokens of the prompt and of this beginning. Control tokens
+        that it spells stay text.
+
+        Raises:
+            ValueError: see render.
+        """
         marked = self._placeholders.mark(messages, self._control)
         text = self._write(marked, tools, upto=len(messages))
         regions = self._finder.regions(text, messages, marked, set(), tools)
-        return self._encode(self._pieces(text, marked, regions, set())).ids
+        pieces = list(self._pieces(text, marked, regions, set()))
+
+        def tokens(begun: str) -> list[int]:
+            added = [_Piece(begun, False, len(messages), False, False)] if begun else []
+            return self._encode(iter([*pieces, *added])).ids
+
+        return tokens
 
     def _write(self, marked: Marked, tools: Sequence[dict], upto: int | None) -> str:
         """Text that the template writes with the placeholders, checked against the one with the texts themselves.
