@@ -5,14 +5,19 @@
           -> harness_lm.py -> Answerer                      (the same tokens as lm-eval's own `hf`)
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+
 from evaluation.asking import Answerer
 from evaluation.results import Figure, TaskResult
 from evaluation.task import Options, Outcome
+
+logger = logging.getLogger(__name__)
 
 _RESAMPLES = 1000
 _NO_FIGURES = ("name", "alias", "sample_len", "sample_count")
@@ -67,6 +72,9 @@ class Prepared:
         )  # fmt: skip
         metrics = self._metrics[name] = found["results"][name]
         self._better |= task.higher_is_better()
+        if self._lm.num_shortened:
+            logger.warning("%s: %d prompts are longer than the model's context, and lost their beginning", name,
+                           self._lm.num_shortened)  # fmt: skip
         result = TaskResult(
             name, self._figures(metrics), version=str(task.VERSION), settings=self._settings(task),
             data=fingerprint([*task.eval_docs, *(getattr(getattr(task, "sampler", None), "df", None) or ())]),
@@ -83,7 +91,9 @@ class Prepared:
         if options.system:
             settings["system"] = options.system
         if task.OUTPUT_TYPE == "generate_until":
-            settings["generation"] = task.get_config("generation_kwargs")
+            settings["generation"] = asked = dict(task.get_config("generation_kwargs"))
+            if (room := self._lm.room_for(asked)) is not None:
+                settings["max_gen_toks"] = room
         if self._lm.num_shortened:
             settings["shortened"] = self._lm.num_shortened
         return settings
@@ -147,6 +157,13 @@ def _surroundings(options: Options) -> Iterator[None]:
         yield
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: metrics give NumPy's numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample's record: what was asked, what was answered, how it counts."""
     from evaluation.code_tasks import outcomes_of
@@ -162,7 +179,7 @@ def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
         record["continuations"] = continuations
     record |= {
         "answers": sample["resps"], "filtered": sample["filtered_resps"], "target": sample["target"],
-        "metrics": {metric: sample[metric] for metric in sample["metrics"]}, "doc": sample["doc"],
+        "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]}, "doc": sample["doc"],
     }  # fmt: skip
     programs = sample["filtered_resps"][0] if sample["filtered_resps"] else None
     if isinstance(programs, list) and isinstance(sample["target"], str):

@@ -12,7 +12,8 @@ puts control tokens into a prompt; see `Laid`.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -191,8 +192,7 @@ class AnsweringLM(LM):
         context, wanted = request.args[:2]
         wanted = normalize_gen_kwargs(wanted, _USUAL_MOST)
         tokens = context.tokens(context.begun) if isinstance(context, Laid) else self._encode(context)
-        # As `hf`, except that it fails if an answer has no room: then it gets half of the context.
-        most = self.room_for(wanted["max_gen_toks"])
+        most = self._room_for(wanted["max_gen_toks"])
         end = self._tokenizer.decode([self._tokenizer.eod_id])
         return Writing(
             self._shortened(tokens or [self._prefix], self._context - most), most,
@@ -202,9 +202,19 @@ class AnsweringLM(LM):
             seed=self._seed_of(request, repeat),
         )  # fmt: skip
 
-    def room_for(self, most: int) -> int:
-        """New tokens that an answer may have, if a task allows `most`."""
+    def _room_for(self, most: int) -> int:
+        """New tokens of an answer. Where as many as the task allows leave no room for the question, `hf` fails; here
+        they get half of the context."""
         return most if most < self._context else max(1, self._context // 2)
+
+    def room_for(self, wanted: Mapping[str, Any]) -> int | None:
+        """New tokens of a task's answers if they are fewer than it allows.
+
+        Args:
+            wanted: its `generation_kwargs`.
+        """
+        most = normalize_gen_kwargs(dict(wanted), _USUAL_MOST)["max_gen_toks"]
+        return None if most < self._context else self._room_for(most)
 
     def _seed_of(self, request: Instance, repeat: int) -> int:
         """The same for an answer in every evaluation, whatever else is asked."""

@@ -186,7 +186,7 @@ def _places(known: Published | None, data_dir: Path, path: str, name: str | None
     copy = f"a copy of the dataset repository as {data_dir / path}"
     if known is None:
         return copy
-    files = " and ".join(str(data_dir / places[0].format(name=name or "")) for places in known.files.values())
+    files = " and ".join(str(data_dir / places[0].format(name=name or "")) for places in list(known.files.values())[:2])
     return f"the authors' files as {files}, or {copy}"
 
 

@@ -138,9 +138,8 @@ def _mbpp(split: str) -> Convert:
 _AGIEVAL = "hails/agieval-"
 _HUMANEVAL = _columns("task_id", "prompt", "entry_point", "canonical_solution", "test")
 _MMLU = Published(
-    {split: [f"mmlu/{folder}{split[:3]}/{{name}}_{split[:3]}.csv" for folder in ("", "data/")]
-     for split in ("validation", "dev")}
-    | {"test": [f"mmlu/{folder}test/{{name}}_test.csv" for folder in ("", "data/")]},
+    {split: [f"mmlu/{folder}{short}/{{name}}_{short}.csv" for folder in ("", "data/")]
+     for split, short in (("test", "test"), ("dev", "dev"), ("validation", "val"))},
     _mmlu,
 )  # fmt: skip
 _KNOWN: dict[tuple[str, str], Published] = {
