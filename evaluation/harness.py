@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
 
 
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's record: what was asked, what was answered, how it counts."""
+    """A sample's record: what was asked, what was answered, and each metric under its name."""
     from evaluation.code_tasks import outcomes_of
 
     prompts = [str(arguments[0]) for arguments in sample["arguments"]]
@@ -177,12 +177,10 @@ def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     continuations = [arguments[1] for arguments in sample["arguments"] if len(arguments) > 1]
     if continuations and all(isinstance(one, str) for one in continuations):
         record["continuations"] = continuations
-    record |= {
-        "answers": sample["resps"], "filtered": sample["filtered_resps"], "target": sample["target"],
-        "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]}, "doc": sample["doc"],
-    }  # fmt: skip
+    record |= {"answers": sample["resps"], "filtered": sample["filtered_resps"], "target": sample["target"]}
+    record |= {metric: _plain(sample[metric]) for metric in sample["metrics"]}
     programs = sample["filtered_resps"][0] if sample["filtered_resps"] else None
     if isinstance(programs, list) and isinstance(sample["target"], str):
         if outcomes := outcomes_of([one for one in programs if isinstance(one, str)], sample["target"]):
             record["programs"] = outcomes
-    return record
+    return record | {"doc": sample["doc"]}

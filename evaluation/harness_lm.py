@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evaluation.asking import Answerer, Scoring, Writing
 from tokenizer import Tokenizer
+from tokenizer.base import any_of
 from tokenizer.chat_template import Message, template_of
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class AnsweringLM(LM):
         super().__init__()
         self._answerer, self._seed = answerer, seed
         self._tokenizer, self._context = answerer.tokenizer, answerer.context
-        self._prefix = prefix_id(self._tokenizer)
+        self._prefix, self._control = prefix_id(self._tokenizer), any_of(self._tokenizer.special_ids)
         self._has_noted_system = False
         self.num_shortened = 0
         """Prompts that lost their beginning since it was set to 0."""
@@ -100,7 +101,8 @@ class AnsweringLM(LM):
             repeats[id(request)] += 1
         texts = [""] * len(asked)
         for place, written in self._answerer.write(asked):
-            texts[place] = written.text
+            # A stop text may spell one; what is left of them counts for nothing, as in `hf`.
+            texts[place] = self._control.sub("", written.text)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> Laid:

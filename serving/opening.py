@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint.choosing import resolve_checkpoint_dir
+from model import Decoder
 from model.config import ModelConfig
 from model.divided import Cutter
 from optimizer.mixed_precision import resolve_dtype
@@ -22,6 +23,8 @@ from serving.lockstep import Lockstep
 from serving.pool import num_blocks_of
 from serving.ranks import Ranks, open_ranks, require_ranks
 from serving.runner import Runner
+
+OptionsOf = Callable[[Decoder], EngineOptions]
 
 
 class Opened(NamedTuple):
@@ -35,12 +38,13 @@ class Opened(NamedTuple):
 
 @contextmanager
 def opened(
-    args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions, first_ends: bool = False
+    args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions | OptionsOf, first_ends: bool = False
 ) -> Iterator[Opened | None]:
     """Load the model of the flags (`add_model_flags`), ready to answer. Of several ranks, the first one gets it; the
     others do their part until it has ended, and get None.
 
     Args:
+        options: or a function from the model to them.
         first_ends: SIGTERM, which launchers send to all ranks, means the first one. The others ignore it, as it may
             have answers to finish. (A SIGINT always means the first one, which may end an answer, and no more.)
     Raises:
@@ -64,7 +68,7 @@ def opened(
         destroy_context(ranks.context)
 
 
-def open_alone(args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions) -> Opened:
+def open_alone(args: argparse.Namespace, adapters: Mapping[str, Path], options: EngineOptions | OptionsOf) -> Opened:
     """The model of the flags, in this process alone.
 
     Raises:
@@ -73,15 +77,17 @@ def open_alone(args: argparse.Namespace, adapters: Mapping[str, Path], options: 
     """
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     served = _load(args, Path(args.model), adapters, torch.device(name), None)
-    return Opened(served, Engine(served, options))
+    return Opened(served, Engine(served, _options_for(served, options)))
 
 
 @contextmanager
 def _with_others(
-    args: argparse.Namespace, adapters: Mapping[str, Path], ranks: Ranks, options: EngineOptions, first_ends: bool
+    args: argparse.Namespace, adapters: Mapping[str, Path], ranks: Ranks, options: EngineOptions | OptionsOf,
+    first_ends: bool,
 ) -> Iterator[Opened | None]:
     """This rank's part of the model, and on rank 0 the engine. Collective."""
     served = _load(args, Path(args.model), adapters, ranks.context.device, ranks)
+    options = _options_for(served, options)
     parameter = next(served.model.parameters())
     own = num_blocks_of(served.model.config, options, parameter.dtype, parameter.device)
     # As many as the rank with the least memory can hold.
@@ -101,6 +107,10 @@ def _with_others(
         yield Opened(served, engine, lockstep)
     finally:
         lockstep.end()
+
+
+def _options_for(served: Served, options: EngineOptions | OptionsOf) -> EngineOptions:
+    return options if isinstance(options, EngineOptions) else options(served.model)
 
 
 def _load(
