@@ -155,13 +155,13 @@ def _authors_files(known: Published, data_dir: Path, name: str) -> Any:
         paths = [data_dir / place.format(name=name) for place in places]
         path = next((path for path in paths if path.is_file()), None)
         if path is not None:
-            splits[split] = Dataset.from_list(_rows(known, path, name))
+            splits[split] = Dataset.from_list(_rows(known, path, name, split))
     return DatasetDict(splits) if splits else None
 
 
-def _rows(known: Published, path: Path, name: str) -> list[dict[str, Any]]:
+def _rows(known: Published, path: Path, name: str, split: str) -> list[dict[str, Any]]:
     try:
-        rows = known.convert(path, name)
+        rows = known.convert(path, name, split)
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} is missing: it belongs beside {path}") from None
     except (ValueError, KeyError, TypeError, IndexError, EOFError, csv.Error) as error:
@@ -186,7 +186,8 @@ def _places(known: Published | None, data_dir: Path, path: str, name: str | None
     copy = f"a copy of the dataset repository as {data_dir / path}"
     if known is None:
         return copy
-    files = " and ".join(str(data_dir / places[0].format(name=name or "")) for places in list(known.files.values())[:2])
+    places = dict.fromkeys(data_dir / places[0].format(name=name or "") for places in known.files.values())
+    files = " and ".join(map(str, list(places)[:2]))
     return f"the authors' files as {files}, or {copy}"
 
 

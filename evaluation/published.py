@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Convert = Callable[[Path, str], list[Row]]
-"""(File, name of the part) -> rows."""
+Convert = Callable[[Path, str, str], list[Row]]
+"""(File, name of the part, split) -> rows."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def _lines(path: Path) -> Iterator[Row]:
 
 def _columns(*names: str) -> Convert:
     """Rows that have these columns already."""
-    return lambda path, name: [{column: row[column] for column in names} for row in _lines(path)]
+    return lambda path, name, split: [{column: row[column] for column in names} for row in _lines(path)]
 
 
-def _bbh(path: Path, name: str) -> list[Row]:
+def _bbh(path: Path, name: str, split: str) -> list[Row]:
     examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
     return [{"input": row["input"], "target": row["target"]} for row in examples]
 
@@ -65,7 +65,7 @@ _CHINESE = ("logiqa-zh", "jec-qa-kd", "jec-qa-ca", "gaokao-chinese", "gaokao-geo
             "gaokao-biology", "gaokao-chemistry", "gaokao-physics", "gaokao-mathqa", "gaokao-mathcloze")  # fmt: skip
 
 
-def _agieval(path: Path, name: str) -> list[Row]:
+def _agieval(path: Path, name: str, split: str) -> list[Row]:
     """The authors' prompts without examples (src/dataset_loader.py of their repository)."""
     is_chinese, rows = path.stem in _CHINESE, []
     for row in _lines(path):
@@ -85,7 +85,7 @@ def _agieval(path: Path, name: str) -> list[Row]:
     return rows
 
 
-def _mmlu(path: Path, name: str) -> list[Row]:
+def _mmlu(path: Path, name: str, split: str) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         return [
             {"question": row[0], "subject": name, "choices": row[1:5], "answer": "ABCD".index(row[5])}
@@ -93,7 +93,7 @@ def _mmlu(path: Path, name: str) -> list[Row]:
         ]  # fmt: skip
 
 
-def _ceval(path: Path, name: str) -> list[Row]:
+def _ceval(path: Path, name: str, split: str) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         return [
             {column: row[column] for column in ("question", "A", "B", "C", "D", "answer")}
@@ -101,7 +101,7 @@ def _ceval(path: Path, name: str) -> list[Row]:
         ]
 
 
-def _boolq(path: Path, name: str) -> list[Row]:
+def _boolq(path: Path, name: str, split: str) -> list[Row]:
     return [
         {"question": row["question"], "passage": row["passage"], "idx": number,
          "label": int(row["label"] if "label" in row else row["answer"])}
@@ -109,12 +109,12 @@ def _boolq(path: Path, name: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def _hellaswag(path: Path, name: str) -> list[Row]:
+def _hellaswag(path: Path, name: str, split: str) -> list[Row]:
     columns = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings")
     return [{column: row[column] for column in columns} | {"label": str(row["label"])} for row in _lines(path)]
 
 
-def _piqa(path: Path, name: str) -> list[Row]:
+def _piqa(path: Path, name: str, split: str) -> list[Row]:
     labels = path.with_name(f"{path.stem}-labels.lst").read_text(encoding="utf-8").split()
     rows = list(_lines(path))
     if len(labels) != len(rows):
@@ -127,12 +127,10 @@ _MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), 
 """First and last `task_id`, from the authors' README."""
 
 
-def _mbpp(split: str) -> Convert:
+def _mbpp(path: Path, name: str, split: str) -> list[Row]:
     first, last = _MBPP_SPLITS[split]
     columns = ("task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list")
-    return lambda path, name: [
-        {column: row[column] for column in columns} for row in _lines(path) if first <= row["task_id"] <= last
-    ]
+    return [{column: row[column] for column in columns} for row in _lines(path) if first <= row["task_id"] <= last]
 
 
 _AGIEVAL = "hails/agieval-"
@@ -148,6 +146,9 @@ _KNOWN: dict[tuple[str, str], Published] = {
     ),
     ("evalplus/humanevalplus", "*"): Published(
         {"test": ["humaneval/HumanEvalPlus.jsonl", "humaneval/HumanEvalPlus.jsonl.gz"]}, _HUMANEVAL
+    ),
+    ("google-research-datasets/mbpp", "full"): Published(
+        {split: ["mbpp/mbpp.jsonl"] for split in ("test", "train", "validation", "prompt")}, _mbpp
     ),
     ("openai/gsm8k", "main"): Published(
         {"test": ["gsm8k/test.jsonl"], "train": ["gsm8k/train.jsonl"]}, _columns("question", "answer")
