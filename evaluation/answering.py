@@ -35,8 +35,9 @@ def engine_options(model: Decoder, **other: object) -> EngineOptions:
     Args:
         other: fields of EngineOptions that are given.
     """
-    weight = model.embed_tokens.weight
-    tokens = 512 if weight.device.type == "cpu" else 8192
+    # Not every rank of a pipeline has the embedding.
+    device = next(model.parameters()).device
+    tokens = 512 if device.type == "cpu" else 8192
     scores = max(16, min(tokens, _SCORES_AT_ONCE // model.config.vocab_size))
     given = {"tokens_a_step": tokens, "scores_a_step": scores, "max_running": 64 if tokens == 512 else 256}
     return EngineOptions(**(given | other))  # type: ignore[arg-type]

@@ -199,6 +199,7 @@ class AnsweringLM(LM):
         return Writing(
             self._shortened(tokens or [self._prefix], self._context - most), most,
             stop=tuple(dict.fromkeys([text for text in wanted["until"] if text] + [end])),
+            stop_ids=tuple(sorted(template_of(self._tokenizer).stop_ids)) if isinstance(context, Laid) else (),
             temperature=float(wanted.get("temperature", 0.0)) if wanted["do_sample"] else 0.0,
             top_k=int(wanted.get("top_k", 0)), top_p=float(wanted.get("top_p", 1.0)),
             seed=self._seed_of(request, repeat),

@@ -21,7 +21,7 @@ from tests.plain_answerer import Guesser
 from tests.served import tiny_tokenizer, write_checkpoint, write_model
 from utils.terminal import INTERRUPTED
 
-TASKS = ("--tasks", "zero_copying,zero_needle", "--limit", "6")
+TASKS = ("--tasks", "zero_copying,zero_arithmetic", "--limit", "6")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def test_figures_samples_and_answers_are_kept_and_asked_once(
     assert call(folder, *TASKS, "--output_dir", str(tmp_path)) == 0
     table = capsys.readouterr().out
     results = read_results(tmp_path)
-    assert [*results.tasks] == ["zero_copying", "zero_needle"] and all(name in table for name in results.tasks)
+    assert [*results.tasks] == ["zero_copying", "zero_arithmetic"] and all(name in table for name in results.tasks)
     assert results.model["path"] == str(folder) and results.model["dtype"] == "float32"
     assert results.commands == (
-        f"python evaluate_model.py --model {folder} --device cpu --tasks zero_copying,zero_needle --limit 6 "
+        f"python evaluate_model.py --model {folder} --device cpu --tasks zero_copying,zero_arithmetic --limit 6 "
         f"--output_dir {tmp_path}",
     )
     records = (tmp_path / "samples-zero_copying.jsonl").read_text().splitlines()
@@ -53,12 +53,12 @@ def test_figures_samples_and_answers_are_kept_and_asked_once(
 
     for method in ("score", "write"):
         monkeypatch.setattr(answering.EngineAnswerer, method, lambda self, asked: fails() if asked else iter(()))
-    assert call(folder, "--tasks", "zero_needle", "--limit", "6", "--output_dir", str(tmp_path)) == 0
+    assert call(folder, "--tasks", "zero_arithmetic", "--limit", "6", "--output_dir", str(tmp_path)) == 0
     assert "answers were known from before, 0 are new" in capsys.readouterr().err
     again = read_results(tmp_path)
     # What was not asked for stays.
-    assert [*again.tasks] == ["zero_copying", "zero_needle"] and len(again.commands) == 2
-    assert again.tasks["zero_needle"].figures == results.tasks["zero_needle"].figures
+    assert [*again.tasks] == ["zero_copying", "zero_arithmetic"] and len(again.commands) == 2
+    assert again.tasks["zero_arithmetic"].figures == results.tasks["zero_arithmetic"].figures
 
 
 def test_an_interrupted_evaluation_repeats_nothing(
@@ -99,8 +99,8 @@ def test_a_runs_figures_lie_in_the_run(tmp_path: Path):
     values = json.loads((directory / "results.json").read_text())
     values["model"]["fingerprint"] = "of training"
     (directory / "results.json").write_text(json.dumps(values))
-    assert call(checkpoint, "--tasks", "zero_needle", "--limit", "2") == 0
-    assert [*read_results(directory).tasks] == ["zero_copying", "zero_needle"]
+    assert call(checkpoint, "--tasks", "zero_arithmetic", "--limit", "2") == 0
+    assert [*read_results(directory).tasks] == ["zero_copying", "zero_arithmetic"]
     assert place_of(tmp_path / "base", 7, checkpoint) == directory
     assert place_of(tmp_path / "base", None, None) == Path("out/eval/base")
 
@@ -110,7 +110,7 @@ def test_figures_of_another_model_are_not_mixed(
 ):
     model = tmp_path / "model"
     shutil.copytree(folder, model)
-    flags = ("--tasks", "zero_needle", "--limit", "2", "--output_dir", str(tmp_path / "found"))
+    flags = ("--tasks", "zero_arithmetic", "--limit", "2", "--output_dir", str(tmp_path / "found"))
     assert call(model, *flags) == 0
     assert call(model, *flags, "--dtype", "bfloat16") == 2
     assert "holds figures of another model (its dtype is another): give --output_dir" in capsys.readouterr().err
