@@ -177,10 +177,12 @@ def leave_the_pipe(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
 
 
 def interrupt_twice(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:
-    """All ranks, as a terminal does, in the course of an answer."""
+    """All ranks, as a terminal does, in the course of an answer. Two that come together can count as one, which ends
+    the answer; the talk then ends with its input."""
     for _ in range(2):
         for rank in ranks:
             rank.send_signal(signal.SIGINT)
+    talk.stdin.close()
 
 
 def interrupt_the_first(talk: subprocess.Popen, ranks: list[psutil.Process]) -> None:

@@ -28,7 +28,7 @@ def loaded(home: Path, requests: int, clients: int, blocks: int, max_running: in
 
 
 def test_no_request_is_lost(tmp_path: Path):
-    loaded(tmp_path, requests=90, clients=24, blocks=40, max_running=12, alone=10)
+    loaded(tmp_path, requests=45, clients=20, blocks=40, max_running=8, alone=5)
 
 
 @pytest.mark.soak
