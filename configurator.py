@@ -18,6 +18,7 @@ import tyro
 import yaml
 
 import dataset.config
+import evaluation.config
 import model.adapters.config
 import model.config
 import optimizer.config
@@ -41,13 +42,13 @@ _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restar
 """Options of a launch, not of the run. They are not saved."""
 
 _PATHS = ("exp_config_file", "out_dir", "init_from", "adapter", "add_tokens", "data_dir", "train_data_dir",
-          "valid_data_dir", "tokenizer_dir")  # fmt: skip
+          "valid_data_dir", "tokenizer_dir", "eval_data_dir", "eval_task_dir")  # fmt: skip
 _LONGEST_FILE = 1 << 20
 """Bytes."""
 
 _ONLY_WITH = (
     *training.config.ONLY_WITH, *dataset.config.ONLY_WITH, *model.config.ONLY_WITH, *model.adapters.config.ONLY_WITH,
-    *parallel.config.ONLY_WITH, *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH,
+    *parallel.config.ONLY_WITH, *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH, *evaluation.config.ONLY_WITH,
 )  # fmt: skip
 
 

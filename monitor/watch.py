@@ -35,7 +35,7 @@ class Limits:
     """From the last save to the end of the process: loggers finish, old checkpoints are deleted, the ranks leave their
     group."""
     validate: float = 300.0
-    """Least limit for a batch of a validation or of DPO's reference: the first one may compile."""
+    """Least limit for a batch of a validation, an evaluation or of DPO's reference: the first one may compile."""
 
 
 class Silence:
@@ -103,7 +103,7 @@ class Watch:
         """Longest time in seconds without a heartbeat in a phase."""
         limits = self._limits
         others = {"compile": limits.compile, "save": limits.save, "end": limits.end}
-        if phase not in ("step", "validate", "reference"):
+        if phase not in ("step", "validate", "evaluate", "reference"):
             return others.get(phase, limits.start)
         median = self.median_step
         step = limits.first_step if median is None else max(limits.step_floor, limits.step_factor * median)

@@ -14,7 +14,7 @@ from utils.small_files import is_number, is_whole, parse_json, read_small
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("start", "reference", "compile", "step", "validate", "save", "end")
+PHASES = ("start", "reference", "compile", "step", "validate", "evaluate", "save", "end")
 RECORD_BYTES = 512
 _LONGEST_RECORD = 1 << 16
 _IS_RIGHT: dict[str, Callable[[object], bool]] = {

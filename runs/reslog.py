@@ -9,6 +9,9 @@ completed optimizer steps. Numbers that JSON lacks are the strings "nan", "inf" 
                  energy_j, ...
     valid        a validation: loss, dt, ...
     sample       a text by the model at a validation: prompt, text
+    eval         an evaluation by a task: task, figures (metric -> [value, standard error or null, samples]), seconds,
+                 and the first figure's value once more as [GROUP/]TASK/METRIC
+    eval_failed  an evaluation that was not begun, or has not come to its end: problem
     compression  the error of PowerSGD's approximation: ratio, mean_relative_error, relative_error (parameter -> error)
     experts      where a step's tokens went: balance_loss, z_loss, entropy, load_highest, load_lowest, entropy_by_layer,
                  load_by_layer (a share for each expert of each layer)

@@ -21,6 +21,9 @@ report.py           lines and records of steps, validations, saves and the end
 saves.py            the loop's saves and their outcome
 saving.py           a rank's share of a checkpoint
 stopping.py         requests to stop, and the ranks' looks for them
+evaluation.py       evaluations by tasks, after a save
+eval_rounds.py      the ranks' common work on one
+eval_folder.py      its folder in the run directory
 samples.py          texts that the model writes after a validation
 rates.py            a warning of learning rates that ruin a large model
 meter.py            figures of the steps since the last record

@@ -13,6 +13,7 @@ from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from dataset.mixture import MixtureDataset
 from dataset.sft import widened
+from evaluation.checks import check_tasks
 from model import Decoder, ModelConfig
 from model.adapters import folder
 from model.adapters.folder import Weights
@@ -145,6 +146,9 @@ def build(
     if context.is_main:
         _warn(config, given, begins, export)
     _require_same_settings(config, context, dtype, shape)
+    if config.evaluation.names and not config.run.valid_only:
+        # Rank 0 alone runs the tasks.
+        context.decide_on_main(lambda: check_tasks(config.evaluation, config.parallel.cut_by))
     pipeline = plan_pipeline(
         config, shape, data.train, mesh.data_size, context, dtype, run_dir.paths.pipeline,
         lambda shape: without_values(shape, config.system, context.device, dtype),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.config import DataConfig
+from evaluation.config import EvalConfig
 from model.adapters.config import AdapterConfig
 from model.config import ModelConfig
 from optimizer.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
@@ -169,6 +170,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
 
 
 def check_together(config: Config) -> None:

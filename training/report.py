@@ -12,6 +12,7 @@ import torch
 
 from checkpoint.folder import list_checkpoints
 from checkpoint.saving import SaveOutcome
+from evaluation.results import TaskResult
 from parallel.context import DistContext, has_lost_peer
 from runs.layout import RunPaths
 from runs.reslog import ResLog
@@ -99,6 +100,30 @@ def report_validation(
     if reslog is not None:
         units = {task.count_name: task.units(terms)}
         reslog.write("valid", step=step, **figures, dt=round(seconds, 3), **units)
+
+
+def report_evaluation(reslog: ResLog | None, step: int, result: TaskResult) -> None:
+    """Log and record a task's result."""
+    main, figure = next(iter(result.figures.items()))
+    logger.info(
+        "eval at step %d | %s %s %.4f%s | %d samples | %.1f s", step, result.name, main, figure.value,
+        "" if figure.interval is None else f" (95%: {figure.interval[0]:.4f} to {figure.interval[1]:.4f})",
+        figure.count, result.seconds,
+    )  # fmt: skip
+    if reslog is not None:
+        figures = {name: [one.value, one.error, one.count] for name, one in result.figures.items()}
+        path = "/".join(filter(None, [result.group, result.name, main]))
+        reslog.write(
+            "eval", step=step, task=result.name, figures=figures, seconds=round(result.seconds, 3),
+            **{path: figure.value},
+        )  # fmt: skip
+
+
+def report_failed_evaluation(reslog: ResLog | None, step: int, problem: str) -> None:
+    """Warn of an evaluation that failed, or was not begun, and record it."""
+    logger.warning("step %d was not evaluated to the end, the run goes on: %s", step, problem)
+    if reslog is not None:
+        reslog.write("eval_failed", step=step, problem=problem)
 
 
 def report_sample(reslog: ResLog | None, step: int, sample: Sample) -> None:

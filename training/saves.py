@@ -50,10 +50,14 @@ class Saves:
             self._report(self._saver.conclude())
         self._is_time = bool(is_time)
 
-    def are_due(self, validated: bool) -> bool:
-        """Whether to save after this step; stays true until `start`, in case a save has to wait."""
+    def are_due(self, needed: bool) -> bool:
+        """Whether to save after this step; stays true until `start`, in case a save has to wait.
+
+        Args:
+            needed: whether the step is saved in any case: it was validated, or will be evaluated.
+        """
         interval = self._built.config.run.save_interval
-        self._waiting |= validated or self._is_time or is_due(self._built.progress.step, interval)
+        self._waiting |= needed or self._is_time or is_due(self._built.progress.step, interval)
         return self._waiting
 
     def start(self, valid_loss: float | None, prune: bool) -> None:

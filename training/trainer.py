@@ -23,6 +23,7 @@ from training import report
 from training.build import build
 from training.config import Config
 from training.energy import open_energy
+from training.evaluation import Evaluations
 from training.meter import StepMeter
 from training.progress import Unlogged
 from training.records import start_records
@@ -75,6 +76,7 @@ class Trainer:
         self.samples = Samples(built)
         self.meter, self.first_step = StepMeter(self.progress.samples_consumed, energy), self.progress.step
         self.saves = Saves(built, self.reslog, self._untimed)
+        self.evaluations = Evaluations(built, self.reslog, self.stopping, self._leave_out)
 
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
@@ -96,6 +98,9 @@ class Trainer:
             saves.reserve()
         phase = "compile" if self.config.system.compile else "step"
         progress.validation_due &= has_valid
+        # The run may have been stopped in the evaluation of the checkpoint that it goes on from.
+        if self.run_dir.resumed_from and not progress.validation_due and not self._evaluate(is_saved=True):
+            return self._stop()
         while progress.step < max_iters or progress.validation_due:
             # If the run was stopped in a validation, it is due from the start.
             if not progress.validation_due:
@@ -112,9 +117,12 @@ class Trainer:
                     return self._stop()
                 progress.validation_due = False
             # In a streak, the weights themselves may be wrong, so a save waits for the first good step.
-            if finished or (saves.are_due(validated=valid_loss is not None) and not self.in_streak):
+            saves_now = saves.are_due(self.evaluations.are_due(finished) or valid_loss is not None)
+            if finished or (saves_now and not self.in_streak):
                 self._log_step()
                 self._save(valid_loss, must=finished)
+                if not self._evaluate():
+                    return self._stop()
         saves.settle(must=True)
         self._end(finished=True)
         return exits.OK
@@ -333,6 +341,13 @@ class Trainer:
                 report.report_sample(self.reslog, self.progress.step, sample)
         if not self.config.run.valid_only:
             self._leave_out(time.perf_counter() - started)
+
+    def _evaluate(self, is_saved: bool = False) -> bool:
+        """Evaluate by tasks, if that is due and the present step is saved. Returns False if any rank must stop."""
+        if not self.evaluations.are_due(self.progress.step >= self.built.derived.max_iters):
+            return True
+        self.saves.settle()
+        return self.evaluations.run(is_saved or self.saves.saved_step == self.progress.step)
 
     def _log_step(self) -> None:
         """Log the last step, and the meter's readings since the last record. Called before each save, too, whatever the

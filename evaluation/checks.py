@@ -1,0 +1,38 @@
+"""What can be known of an evaluation before the training that it belongs to."""
+
+import importlib.util
+from pathlib import Path
+
+from evaluation.config import EvalConfig
+from evaluation.running import choose
+
+
+def check_tasks(flags: EvalConfig, cut_by: str) -> None:
+    """Refuse tasks that cannot be run.
+
+    Args:
+        cut_by: the flag that cuts the model or its rows over the ranks; empty: none does.
+    Raises:
+        ValueError: a task is unknown or does not go with the run, or something that it needs is missing.
+    """
+    chosen = choose(flags.names)
+    for task in chosen.own:
+        if task.needs_writing and cut_by:
+            raise ValueError(
+                f"--eval_tasks: {task.name} lets the model write, which it does not with {cut_by} while it trains: "
+                f"leave it out, and evaluate a checkpoint with evaluate_model.py"
+            )
+        if task.runs_code and not flags.eval_allow_code_execution:
+            raise ValueError(
+                f"--eval_tasks: {task.name} runs programs that the model wrote: allow it by "
+                f"--eval_allow_code_execution, or leave it out"
+            )
+    if chosen.others and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f"--eval_tasks: {', '.join(chosen.others)} needs the package lm-eval: pip install -r requirements-eval.txt "
+            f"(tasks whose names begin with zero_ need nothing)"
+        )
+    for name in ("eval_data_dir", "eval_task_dir"):
+        path = getattr(flags, name)
+        if path and not Path(path).is_dir():
+            raise ValueError(f"--{name}={path} is not a directory")
