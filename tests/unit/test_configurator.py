@@ -159,7 +159,8 @@ def test_a_configuration_through_a_pipe(tmp_path: Path):
         assert parse_config([str(tmp_path / "pipe"), "--data_dir=d"])[0].run.seed == 7
 
 
-PATHS = ("out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
+PATHS = ("out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir", "eval_data_dir",
+         "eval_task_dir")  # fmt: skip
 
 
 def test_no_path_is_forgotten():
