@@ -16,12 +16,15 @@ def check_tasks(flags: EvalConfig, cut_by: str) -> None:
         ValueError: a task is unknown or does not go with the run, or something that it needs is missing.
     """
     chosen = choose(flags.names)
+    writing = [task.name for task in chosen.own if task.needs_writing and cut_by]
+    if writing:
+        rest = ",".join([*(task.name for task in chosen.own if not task.needs_writing), *chosen.others])
+        raise ValueError(
+            f"--eval_tasks: the model writes in {', '.join(writing)}, which it does not with {cut_by} while it trains: "
+            f"{f'give --eval_tasks={rest}' if rest else 'leave it out'}, and evaluate a checkpoint with "
+            f"evaluate_model.py"
+        )
     for task in chosen.own:
-        if task.needs_writing and cut_by:
-            raise ValueError(
-                f"--eval_tasks: {task.name} lets the model write, which it does not with {cut_by} while it trains: "
-                f"leave it out, and evaluate a checkpoint with evaluate_model.py"
-            )
         if task.runs_code and not flags.eval_allow_code_execution:
             raise ValueError(
                 f"--eval_tasks: {task.name} runs programs that the model wrote: allow it by "

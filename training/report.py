@@ -103,20 +103,24 @@ def report_validation(
 
 
 def report_evaluation(reslog: ResLog | None, step: int, result: TaskResult) -> None:
-    """Log and record a task's result."""
-    main, figure = next(iter(result.figures.items()))
-    logger.info(
-        "eval at step %d | %s %s %.4f%s | %d samples | %.1f s", step, result.name, main, figure.value,
-        "" if figure.interval is None else f" (95%: {figure.interval[0]:.4f} to {figure.interval[1]:.4f})",
-        figure.count, result.seconds,
-    )  # fmt: skip
+    """Log and record a task's result. The first of its figures is the main one; if it has none, its settings say
+    why."""
+    flat = {}
+    if result.figures:
+        main, figure = next(iter(result.figures.items()))
+        told = f"{main} {figure.value:.4f}"
+        if figure.interval is not None:
+            told += " (95%: {:.4f} to {:.4f})".format(*figure.interval)
+        told += f" | {figure.count} samples"
+        flat["/".join(filter(None, [result.group, result.name, main]))] = figure.value
+    else:
+        told = f"no figures: {result.settings.get('reason', 'it has no samples')}"
+    logger.info("eval at step %d | %s | %s | %.1f s", step, result.name, told, result.seconds)
     if reslog is not None:
         figures = {name: [one.value, one.error, one.count] for name, one in result.figures.items()}
-        path = "/".join(filter(None, [result.group, result.name, main]))
         reslog.write(
-            "eval", step=step, task=result.name, figures=figures, seconds=round(result.seconds, 3),
-            **{path: figure.value},
-        )  # fmt: skip
+            "eval", step=step, task=result.name, figures=figures, seconds=round(result.seconds, 3), **flat
+        )
 
 
 def report_failed_evaluation(reslog: ResLog | None, step: int, problem: str) -> None:

@@ -77,7 +77,7 @@ def test_an_evaluation_leaves_results_and_changes_nothing(tiny_run: list[str], t
     assert [(one["step"], one["task"]) for one in found] == [
         (step, task) for step in (2, 4) for task in ("zero_scores", "zero_texts")
     ]
-    assert "eval at step 4 | zero_scores logprob" in log_of(tiny_run)
+    assert "eval at step 4 | zero_scores | logprob" in log_of(tiny_run)
 
     home = out_dir(tiny_run)
     results = read_results(home / "eval" / "step-4")
@@ -215,7 +215,8 @@ def test_a_save_that_fails_is_not_evaluated(tiny_run: list[str], monkeypatch):
         (["--eval_limit=0", TASK], "eval_limit must be positive"),
         (["--eval_tasks=zero_nonsense"], "there is no task zero_nonsense"),
         (["--eval_tasks=zero_programs"], "--eval_allow_code_execution"),
-        (["--eval_tasks=zero_texts", "--data_parallel=fsdp"], "does not with --data_parallel=fsdp"),
+        (["--eval_tasks=zero_texts", "--data_parallel=fsdp"], "with --data_parallel=fsdp while it trains: leave it out"),
+        (["--eval_tasks=zero", "--data_parallel=fsdp"], "give --eval_tasks=zero_bits_per_byte,"),
         ([TASK, "--eval_data_dir=/nowhere/at/all"], "is not a directory"),
         (["--eval_tasks=hellaswag"], "requirements-eval.txt"),
     ],
