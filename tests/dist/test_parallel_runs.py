@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import folder as ckpt
+from evaluation.own import TASKS
 from model import flops
 from model.families.llama import LLAMA
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -34,6 +35,7 @@ from tasks.language_model import LanguageModelTask
 from tasks.reference import ReferenceCache
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import forget_meshes, run_ranks
+from tests.eval_tasks import Scores, Texts
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
 from training import build_model, samples
 from training.meter import StepMeter
@@ -234,6 +236,9 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             patch.setattr(ReferenceCache, "read", lambda self: None)
         elif kind == "patience":
             patch.setattr(samples, "_PATIENCE_S", 9999.0 if rank else float(number))
+        elif kind == "tasks":
+            for task in (Scores(), Texts()):
+                patch.setitem(TASKS, task.name, task)
         elif kind == "network":
             patch.setattr(data_parallel, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield

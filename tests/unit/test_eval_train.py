@@ -215,7 +215,7 @@ def test_a_save_that_fails_is_not_evaluated(tiny_run: list[str], monkeypatch):
         (["--eval_limit=0", TASK], "eval_limit must be positive"),
         (["--eval_tasks=zero_nonsense"], "there is no task zero_nonsense"),
         (["--eval_tasks=zero_programs"], "--eval_allow_code_execution"),
-        (["--eval_tasks=zero_texts", "--data_parallel=fsdp"], "with --data_parallel=fsdp while it trains: leave it out"),
+        (["--eval_tasks=zero_texts", "--data_parallel=fsdp"], "with --data_parallel=fsdp while it trains"),
         (["--eval_tasks=zero", "--data_parallel=fsdp"], "give --eval_tasks=zero_bits_per_byte,"),
         ([TASK, "--eval_data_dir=/nowhere/at/all"], "is not a directory"),
         (["--eval_tasks=hellaswag"], "requirements-eval.txt"),
