@@ -152,6 +152,7 @@ def _do_run(flags: list[str], fault: str) -> tuple[int, int]:
         EvalRounds._score_batch, ScoringTask._scores = usual_batch, usual_scores
 
 
+@pytest.mark.slow
 def test_a_fault_on_one_rank_costs_nothing(flags: list[str], tmp_path: Path):
     undisturbed, failing, killed = (
         [*elsewhere(flags, tmp_path / name), *SMALL, "--max_iters=4"] for name in ("undisturbed", "failing", "killed")
