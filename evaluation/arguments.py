@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from evaluation.task import Options
 from serving.arguments import add_model_flags, require_utf8
 from utils.arguments import Parser
-from utils.paths import a_path, absent
+from utils.paths import a_path, absent, expand
 
 
 class _List(argparse.Action):
@@ -52,6 +52,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks.add_argument("--limit", type=int, metavar="N", help="ask the first N questions of each task alone")
     tasks.add_argument("--num_fewshot", type=int, metavar="K", help="examples before each question")
     tasks.add_argument("--data_dir", type=a_path, metavar="D", help="local copies of data sets; nothing is downloaded")
+    tasks.add_argument(
+        "--texts", action="append", default=[], metavar="NAME=PATH",
+        help="a file or folder of your own texts, whose bits per byte zero_bits_per_byte gives; can be repeated",
+    )  # fmt: skip
     tasks.add_argument("--task_dir", type=a_path, metavar="D", help="folder with tasks of your own, as YAML files")
     tasks.add_argument("--chat", action="store_true", help="put questions by the model's chat template")
     tasks.add_argument("--system", default="", metavar="TEXT", help="with --chat: what the model is told first")
@@ -92,8 +96,23 @@ def options_of(args: argparse.Namespace) -> Options:
             raise ValueError(f"--{name}: {f'{value} is a file' if Path(value).exists() else absent(value)}")
     return Options(
         args.limit, args.num_fewshot, folders["data_dir"], folders["task_dir"], args.chat, args.system,
-        args.allow_code_execution, args.seed,
+        args.allow_code_execution, args.seed, _texts_of(args.texts),
     )  # fmt: skip
+
+
+def _texts_of(named: Sequence[str]) -> dict[str, Path]:
+    """Paths of a user's texts by their names."""
+    found: dict[str, Path] = {}
+    for one in named:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--texts={one} must be a name and a path, such as --texts=mine=my_texts")
+        if name in found:
+            raise ValueError(f"--texts names {name} twice")
+        if not Path(expand(path)).exists():
+            raise ValueError(f"--texts: {absent(expand(path))}")
+        found[name] = Path(expand(path)).absolute()
+    return found
 
 
 def require_lm_eval(names: Sequence[str]) -> None:

@@ -27,10 +27,10 @@ class Options:
     """With `chat`: what the model is told first."""
     allow_code_execution: bool = False
     """Whether programs that the model wrote are run, in the sandbox."""
-    texts: Mapping[str, Path] = field(default_factory=dict)
-    """Name -> file or folder of a user's own texts, whose bits per byte zero_bits_per_byte gives as well."""
     seed: int = 1234
     """By which examples are chosen and answers drawn."""
+    texts: Mapping[str, Path] = field(default_factory=dict)
+    """Name -> file or folder of a user's own texts, whose bits per byte zero_bits_per_byte gives as well."""
 
 
 class Outcome(NamedTuple):
