@@ -33,8 +33,8 @@ class BitsPerByteTask:
         """
         begun = time.monotonic()
         own = documents()
-        found = own + list(_users(options.texts))
-        found = found[: options.limit] if options.limit is not None else found
+        # A user's texts would otherwise be the last, and never be among the first so many.
+        found = own[: options.limit] + list(_users(options.texts, options.limit))
         tokenizer = answerer.tokenizer
         ids = tokenizer.encode_batch([document.text for document in found], num_threads=1)
         begin = tokenizer.begin_ids or [tokenizer.eod_id]
@@ -87,19 +87,18 @@ def overall(domains: Sequence[Sequence[Record]]) -> Figure:
     return Figure(value, error, sum(figure.count for figure in figures), False)
 
 
-def _users(texts: Mapping[str, Path]) -> Iterator[Document]:
+def _users(texts: Mapping[str, Path], limit: int | None) -> Iterator[Document]:
+    """A user's documents, the first `limit` of each domain."""
     for domain, path in texts.items():
         if domain in DOMAINS:
             raise ValueError(f"--texts: {domain} is a domain of ours: take another name than {', '.join(DOMAINS)}")
         if not path.exists():
             raise ValueError(f"--texts: {absent(str(path))}")
-        size = 0
-        for file in _files_of(path):
-            for document in _documents_of(domain, file):
-                size += len(document.text)
-                yield document
-        if not size:
+        found = (document for file in _files_of(path) for document in _documents_of(domain, file))
+        filled = [document for document in found if document.text]
+        if not filled:
             raise ValueError(f"--texts: there is no text in {path}")
+        yield from filled[:limit]
 
 
 def _files_of(path: Path) -> list[Path]:

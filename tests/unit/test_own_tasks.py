@@ -347,6 +347,8 @@ def test_a_users_texts_are_a_domain_and_change_no_other(tokenizer: Tokenizer, tm
     figures = dict(outcome.result.figures)
     assert figures.pop("bits_per_byte/mine").count == 3 and figures.pop("bits_per_byte/one").count == 1
     assert figures == plain.figures and outcome.result.data != plain.data
+    few = task.run(Guesser(tokenizer), replace(OPTIONS, limit=2, texts={"mine": folder})).samples
+    assert [one["domain"] for one in few] == ["python", "prose", "mine", "mine"]
 
 
 @pytest.mark.parametrize(
