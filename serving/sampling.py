@@ -277,7 +277,7 @@ def continuation_scores(scores_RV: Tensor, rows: Sequence[int], ids: Sequence[in
         rows: of each token; a row may come several times.
     """
     best_R, best_ids_R = scores_RV.max(dim=1)
-    total_R = scores_RV.logsumexp(dim=1)
+    total_R = best_R + (scores_RV - best_R[:, None]).exp_().sum(dim=1).log_()
     rows_N = torch.tensor(rows, device=scores_RV.device)
     own_N = scores_RV[rows_N, torch.tensor(ids, device=scores_RV.device)]
     told_3N = torch.stack((own_N - total_R[rows_N], (best_R - total_R)[rows_N], best_ids_R[rows_N].double())).tolist()
