@@ -36,10 +36,12 @@ def engine_options(model: Decoder, **other: object) -> EngineOptions:
         other: fields of EngineOptions that are given.
     """
     # Not every rank of a pipeline has the embedding.
-    device = next(model.parameters()).device
-    tokens = 512 if device.type == "cpu" else 8192
+    is_cpu = next(model.parameters()).device.type == "cpu"
+    tokens = 512 if is_cpu else 8192
     scores = max(16, min(tokens, _SCORES_AT_ONCE // model.config.vocab_size))
-    given = {"tokens_a_step": tokens, "scores_a_step": scores, "max_running": 64 if tokens == 512 else 256}
+    # Tokens of a question behind its last full block are computed for each choice: fewer, if blocks are small.
+    given = {"tokens_a_step": tokens, "scores_a_step": scores, "max_running": 64 if is_cpu else 256,
+             "block_size": 8 if is_cpu else 16}  # fmt: skip
     return EngineOptions(**(given | other))  # type: ignore[arg-type]
 
 
