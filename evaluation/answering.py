@@ -4,7 +4,8 @@
 
 Requests are sorted by their tokens within a window, so those that begin alike are neighbours: what they share, such as
 the examples before a question, is found in the engine's cache. Choices of one question are one request, whose prompt is
-computed once. The engine pads nothing, so lengths need no order.
+computed once, but for the tokens behind its last full block of the cache. The engine pads nothing, so lengths need no
+order.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
