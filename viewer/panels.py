@@ -68,6 +68,12 @@ def _sources(present: Collection[tuple[str, str]]) -> list[Panel]:
     return panels
 
 
+def _score(path: str) -> Panel:
+    """A panel with a figure of an evaluation, [GROUP/]TASK/METRIC. The tasks of a group may be many."""
+    *group, task, metric = path.split("/")
+    return Panel(f"eval/{path}", f"{task}: {metric}", (Curve("eval", path),), usual=not group)
+
+
 LEARNING = (
     _both("loss", "loss", usual=True, large=True, by_task=True),
     _both("bits_per_byte", "bits per byte", by_task=True),
@@ -109,7 +115,8 @@ _TASKS = {"pretrain": "pretraining", "sft": "SFT", "dpo": "DPO"}
 
 
 def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
-    """The panels that have something to show: the known ones, then one for each metric that only these runs have."""
+    """The panels that have something to show: the known ones, then the scores of evaluations, then one for each metric
+    that only these runs have."""
     present = {
         (table, metric)
         for snapshot in snapshots
@@ -123,8 +130,12 @@ def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
     others = sorted(metric for table, metric in present - known if table == "train")
     more = sorted((table, metric) for table, metric in present - known if table != "train")
     more = [(table, metric) for table, metric in more if not (table == "valid" and ("train", metric) in present)]
+    # What an evaluation records besides has no course.
+    scores = [metric for table, metric in more if table == "eval" and "/" in metric]
+    more = [(table, metric) for table, metric in more if table != "eval"]
     return [
         *found,
+        *map(_score, scores),
         *(_both(metric, metric) for metric in others),
         *(Panel(f"{table}/{metric}", f"{table}/{metric}", (Curve(table, metric),)) for table, metric in more),
     ]

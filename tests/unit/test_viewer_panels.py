@@ -28,7 +28,7 @@ from viewer.drawing.layout import fitted_name, text_width, wrapped
 from viewer.formats import duration, value_text, x_text
 from viewer.panels import PANELS, available, choose
 from viewer.picture import DrawnPanel
-from viewer.series import restarts
+from viewer.series import restarts, series_of
 from viewer.text import translate
 from viewer.view import X_AXES, ShownRun, View, theme_of
 
@@ -57,6 +57,27 @@ def drawn(snapshots: Sequence[Snapshot], view: View = USUAL) -> list[DrawnPanel]
 
 def keys(snapshots: Sequence[Snapshot], view: View = USUAL) -> list[str]:
     return [panel.key for panel in choose(available(snapshots), view)]
+
+
+def test_scores_of_evaluations_have_panels():
+    """The tasks of a group may be many, and are shown on request."""
+    scored = [
+        line("eval", step=step, task=task, seconds=3.0, figures={metric: [value, 0.1, 9]}, **{path: value})
+        for step in (10, 20)
+        for task, path, metric, value in (
+            ("zero_needle", "zero_needle/acc", "acc", 0.1 * step), ("piqa", "piqa/acc,none", "acc,none", 0.5),
+            ("mmlu_law", "mmlu/mmlu_law/acc,none", "acc,none", 0.25),
+        )
+    ]  # fmt: skip
+    snapshot = snapshot_of(line("start", step=0), *scored)
+    assert [(panel.key, panel.title) for panel in choose(available([snapshot]), USUAL)] == [
+        ("eval/piqa/acc,none", "piqa: acc,none"), ("eval/zero_needle/acc", "zero_needle: acc"),
+    ]  # fmt: skip
+    assert keys([snapshot], View(panels=("all",)))[0] == "eval/mmlu/mmlu_law/acc,none"
+    (curve,) = [series_of(ShownRun("a", COLOURS[0], snapshot), panel.curves[0], USUAL) for panel in
+                available([snapshot]) if panel.key == "eval/zero_needle/acc"]  # fmt: skip
+    assert curve.x.tolist() == [10, 20] and curve.y.tolist() == [1.0, 2.0]
+    assert len(drawn([snapshot])) == 2
 
 
 def figure_of(snapshots: Sequence[Snapshot], view: View, width: int) -> tuple[Figure, FigureCanvasAgg]:
