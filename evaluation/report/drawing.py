@@ -102,7 +102,9 @@ def tick_label(value: float, step: float) -> str:
         if size >= unit and size >= 1e4:
             return f"{value / unit:.6g}{name}"
     if 0 < size < 1e-3:
-        return f"{value:.6g}" if "e" not in f"{value:.6g}" else f"{value:.3g}".replace("e-0", "e-")
+        # Wider labels would reach the axis' name.
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     # Sums of steps end in ...0001.
     return f"{round(value, max(0, 2 - math.floor(math.log10(step)))):g}"
 
@@ -148,8 +150,10 @@ def _line(series: Series, colour: int, frame: _Frame) -> str:
             continue
         path.append(f"{'L' if is_down else 'M'}{frame.x(x)} {frame.y(y)}")
         is_down = True
-    # A point between two gaps is seen by its round cap.
-    return f'<path class="curve {series.style} c{colour}" d="{"".join(path)}{"h0" if len(path) == 1 else ""}"/>'
+    if len(path) == 1:
+        x, y = path[0][1:].split()
+        return f'<circle class="dot c{colour}" cx="{x}" cy="{y}" r="3.5"/>'
+    return f'<path class="curve {series.style} c{colour}" d="{"".join(path)}"/>'
 
 
 def _dots(series: Series, colour: int, frame: _Frame) -> Iterator[str]:
