@@ -43,6 +43,8 @@ VALID_RATIO = 0.06
 """Holds out about 28 modules."""
 QUESTIONS_A_STEP = 4
 """Questions for each DPO step. The model answers each eight times; about half of them give up to four preferences."""
+EVALUATED = 16
+"""Questions of each task that the report card asks the models."""
 TITLES = {"run": "before SFT", "sft": "after SFT", "dpo": "after DPO"}
 
 
@@ -154,6 +156,10 @@ def main() -> int:
                 "--functions", f"{talk}/sft{split}/functions.jsonl",
                 "--output", f"{talk}/dpo{split}/functions.jsonl"]  # fmt: skip
 
+    def evaluation(name: str) -> list[str]:
+        return ["python", "evaluate_model.py", "--model", str(home / name), "--tasks", "zero", "--limit",
+                "4" if args.quick else str(EVALUATED), "--dtype", args.dtype]  # fmt: skip
+
     data_commands = data_stages(corpus, tokenizer, data, VOCAB_SIZE, VALID_RATIO)
     asked = str(args.dpo_iters * QUESTIONS_A_STEP)
     stages: list[tuple[str, Callable[[], None]]] = [
@@ -177,7 +183,12 @@ def main() -> int:
             preferences("sft", "_valid"))),
         ("DPO on them", lambda: run(dpo)),
         ("answers after DPO", lambda: run(answers("dpo"))),
+        ("evaluate: tasks that need no download, after each training", lambda: run_all(
+            *map(evaluation, TITLES))),
         ("curves of the three runs", lambda: draw_curves(home, run_dir, sft_dir, dpo_dir)),
+        ("report card of all three", lambda: run(
+            ["python", "-m", "evaluation.report", dpo_dir, "--beside", sft_dir, run_dir, "--output", str(home),
+             "--title", "Report card of the demo"])),
     ]  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
     times = []
@@ -243,6 +254,7 @@ def summarize(times: list[tuple[str, float]], home: Path) -> None:
     print(f"     python generate.py --model {shown / 'dpo'} --chat    # {answers['dpo'][0]['question']}")
     shorter = ", also make chat" if str(shown) == "out/demo" else ""
     print(f"     python serve.py --model {shown / 'dpo'}    # the same on a page, and an API for programs{shorter}")
+    print(f"     open {shown / 'report.html'} in a browser    # what was trained, what it cost, how good it is")
     print(f"     python -m utils.resplot {shown}    # the curves in a window, also while a run goes on")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.report.__main__ import main as make_card
+from evaluation.report.command import main as make_card
 from tests.page_browser import a_browser
 from utils.paths import a_path
 from utils.terminal import run_main

@@ -10,7 +10,7 @@ from evaluation.report.chart_values import sentence_of
 from evaluation.report.words import on_a_line
 
 WIDTH, HEIGHT = 480, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 14, 12, 40
 _LEGEND_LINE, _SHORT_NAME = 20, 20
 """Height of a line in the legend; characters of names of which two stand in a line."""
 COLOURS = 4

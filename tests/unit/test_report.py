@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from dataset.shares import plan, schedule_to_json
-from evaluation.report.__main__ import main
 from evaluation.report.card import Card, Chart, Facts, Section, Series, Table, Text, Verbatim
 from evaluation.report.chart_values import sentence_of, table_of
+from evaluation.report.command import main
 from evaluation.report.commands import training_command
 from evaluation.report.curves import thinned
 from evaluation.report.drawing import drawn, tick_label, ticks
@@ -334,7 +334,7 @@ def test_a_curve_lies_where_its_values_are():
     x_ticks = [(float(at), float(label)) for at, label in
                re.findall(r'class="tick" x="([\d.]+)" y="237" text-anchor="middle">([\d.]+)<', svg)]  # fmt: skip
     y_ticks = [(float(at) - 4, float(label)) for at, label in
-               re.findall(r'class="tick" x="56" y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)]  # fmt: skip
+               re.findall(r'class="tick" x="62" y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)]  # fmt: skip
     assert len(x_ticks) >= 3 and len(y_ticks) >= 3
     for known, place, values in ((x_ticks, 1, (0, 100, 200)), (y_ticks, 2, (10, 30, 20))):
         slope, offset = np.polyfit(*np.array(known).T, 1)
@@ -564,7 +564,7 @@ def test_no_run_is_one_sentence(
 
 
 def test_a_card_needs_no_torch():
-    code = "import sys, evaluation.report.__main__; print('torch' in sys.modules)"
+    code = "import sys, evaluation.report.command; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
