@@ -7,9 +7,10 @@ in which a file defines a name that is wanted.
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from evaluation import code_tasks, sandbox
@@ -214,18 +215,17 @@ def _manager_of(names: Sequence[str], options: Options) -> TaskManager:
     Raises:
         ValueError: a name is unknown.
     """
-    texts = _texts()
-    own = [options.task_dir] if options.task_dir is not None else []
+    manager = TaskManager(include_defaults=False, include_path=options.task_dir)
+    own, texts = manager.task_index, _texts()
+    index: dict[str, Entry] = {}
     folders: set[str] = set()
-    wanted = {name for name in names if not Path(name).is_file()}
-    while True:
-        folders |= {folder for folder in texts.keys() - folders if _defines(texts[folder], wanted)}
-        paths = [_ROOT / folder for folder in sorted(folders)]
-        manager = TaskManager(include_defaults=False, include_path=[*paths, *own])
-        missing = {name for name in _reachable(wanted, manager.task_index) if name not in manager.task_index}
-        if not missing - wanted or not any(_defines(texts[folder], missing) for folder in texts.keys() - folders):
-            break
-        wanted |= missing
+    # A user's group may name tasks of lm-eval.
+    wanted = _reachable((name for name in names if not Path(name).is_file()), own)
+    while new := {folder for folder in texts.keys() - folders if _defines(texts[folder], wanted - own.keys())}:
+        folders |= new
+        index = _index_of(folders)
+        wanted |= _reachable(wanted, index)
+    manager._index = index | own
     for name in names:
         if name not in manager.task_index and not Path(name).is_file():
             known = [*manager.task_index, *(match for text in texts.values() for match in _NAME.findall(text))]
@@ -235,16 +235,32 @@ def _manager_of(names: Sequence[str], options: Options) -> TaskManager:
     return manager
 
 
-@lru_cache(maxsize=1)
+@cache
 def _texts() -> dict[str, str]:
-    """Folder of lm-eval's tasks -> text of all its YAML files."""
+    """Folder of lm-eval's tasks -> text of all its YAML files, and of those without an ending that they include."""
     parts: dict[str, list[str]] = {}
-    for path in _ROOT.rglob("*yaml*"):
-        if path.is_file() and path.parent != _ROOT:
+    for path in _ROOT.rglob("*"):
+        if (not path.suffix or "yaml" in path.name) and path.is_file() and path.parent != _ROOT:
             parts.setdefault(path.relative_to(_ROOT).parts[0], []).append(
                 path.read_text(encoding="utf-8", errors="replace")
             )
     return {folder: "\n".join(texts) for folder, texts in parts.items()}
+
+
+def _index_of(folders: Iterable[str]) -> dict[str, Entry]:
+    """What these folders define, as lm-eval's TaskIndex reads all of them."""
+    index: dict[str, Entry] = {}
+    paths = [path for folder in folders for path in (_ROOT / folder).rglob("*.yaml") if "__pycache__" not in path.parts]
+    for path in sorted(paths, key=lambda one: one.as_posix()):
+        with suppress(Exception):
+            # It is not a task; lm-eval skips it, too.
+            TaskIndex.process_cfg(_read_yaml(path), path, index)
+    return index
+
+
+@cache
+def _read_yaml(path: Path) -> dict[str, Any]:
+    return load_yaml(path, resolve_func=False)
 
 
 def _defines(text: str, names: Iterable[str]) -> bool:

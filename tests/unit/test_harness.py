@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from evaluation.asking import Scoring, Writing
 from evaluation.harness import prepare
+from evaluation.harness_tasks import _manager_of
 from evaluation.task import Options, Outcome
 from tests.folder_answerer import FolderAnswerer
 from tests.served import tiny_tokenizer
@@ -191,6 +192,13 @@ def test_a_group_has_the_figure_of_its_tasks_and_follows_them(made: Made, task_d
     first, second, group = (one.result.figures["acc"] for one in outcomes)
     assert group.value == pytest.approx((first.value + second.value) / 2)
     assert group.count == 2 * len(ROWS)
+
+
+def test_an_own_group_may_name_tasks_of_lm_eval_and_a_tag_has_those_of_all_folders(tmp_path: Path):
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [gsm8k, copa]\n")
+    manager = _manager_of(["mine", "math_word_problems"], Options(task_dir=tmp_path))
+    assert {"mine", "gsm8k", "copa"} <= manager.task_index.keys()
+    assert {"gsm8k", "minerva_math_algebra", "mathqa"} <= manager.task_index["math_word_problems"].tags
 
 
 @one_model
