@@ -89,6 +89,8 @@ class MeetingPoint:
 def parser_of_flags() -> ArgumentParser:
     """torchrun's flags, and --quiet. The default of --node_rank is None."""
     parser = get_args_parser()
+    # Else the script's own --n or --no-x would be taken for a beginning of one of torchrun's flags.
+    parser.allow_abbrev = False
     parser.prog = "python -m parallel.launch"
     parser.add_argument(
         "--quiet", action="store_true", help="let the ranks report why they ended, unless they were killed"

@@ -387,3 +387,10 @@ def test_number_of_processes(words: list[str], expected: object):
     else:
         with pytest.raises(ValueError, match=expected):
             number_of_processes(words)
+
+
+def test_a_script_keeps_flags_that_begin_like_torchruns():
+    flags = parser_of_flags().parse_args(["--nproc_per_node=2", "generate.py", "--n", "4", "--no-x"])
+    assert flags.training_script_args == ["--n", "4", "--no-x"]
+    with pytest.raises(SystemExit):
+        parser_of_flags().parse_args(["--nproc_per", "2", "generate.py"])
