@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 RESULTS_NAME = "results.json"
 VERSION = 1
+_Z = 1.959964
+"""Within so many standard deviations lie 95% of a normal distribution."""
 
 
 class Figure(NamedTuple):
@@ -31,10 +33,24 @@ class Figure(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% confidence interval, by the normal distribution."""
+        """The 95% confidence interval: of a share by Wilson's formula (1927), which stays between 0 and 1 and is not
+        empty where all samples are alike; else by the normal distribution."""
         if self.error is None or not math.isfinite(self.error):
             return None
-        return self.value - 1.96 * self.error, self.value + 1.96 * self.error
+        if not self._is_share:
+            return self.value - _Z * self.error, self.value + _Z * self.error
+        share, count = self.value, self.count
+        middle = share + _Z**2 / (2 * count)
+        half = _Z * math.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2)
+        whole = 1 + _Z**2 / count
+        return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
+
+    @property
+    def _is_share(self) -> bool:
+        """Whether it is the mean of samples that are each 0 or 1: these alone have this standard error."""
+        if self.error is None or self.count < 2 or not 0.0 <= self.value <= 1.0:
+            return False
+        return math.isclose(self.error, math.sqrt(self.value * (1 - self.value) / (self.count - 1)), rel_tol=1e-6)
 
 
 @dataclass(frozen=True)

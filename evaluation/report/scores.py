@@ -122,8 +122,8 @@ def scores(columns: Sequence[Scored]) -> tuple[Section, list[str]]:
     names = _unique([scored.name for scored in columns])
     blocks: list[Block] = [
         Text(
-            "Each cell: the figure, its 95% interval (1.96 standard errors of the mean over the samples), and the "
-            "number of samples. Arrows show whether higher or lower is better."
+            "Each cell: the figure, its 95% interval (of a share by Wilson's formula, else 1.96 standard errors of the "
+            "mean), and the number of samples. Arrows show whether higher or lower is better."
         ),
         Table(["task", "figure", *names], list(_rows(columns, parts=False))),
     ]

@@ -369,10 +369,13 @@ def test_scores_stand_beside_others_and_differences_are_judged(tmp_path: Path):
     other = save(tmp_path / "other", {"even": theirs})
     section = next(s for s in gather(run, [other]).sections if s.title == "Scores")
     table, differences = (block for block in section.blocks if isinstance(block, Table))
-    mean, error = np.mean(ours), np.std(ours, ddof=1) / math.sqrt(60)
+    mean = np.mean(ours)
+    # Wilson's interval: the roots of (x - mean)^2 = z^2 x (1 - x) / n.
+    square = 1.959964**2 / 60
+    low, high = sorted(np.roots([1 + square, -2 * mean - square, mean**2]))
     assert table.header == ["task", "figure", "run, step 7", "other"]
     assert table.rows[0] == [
-        "even", "acc ↑", f"{mean:.4g} [{mean - 1.96 * error:.4g}, {mean + 1.96 * error:.4g}], n=60",
+        "even", "acc ↑", f"{mean:.4g} [{low:.4g}, {high:.4g}], n=60",
         table.rows[0][3],
     ]  # fmt: skip
     assert table.rows[1][0] == "odd" and table.rows[1][3] == "–" and len(table.rows) == 2
