@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.kernels.paged_attention import Group
+from model.kernels.paged_attention import Group, Runs
 from model.kernels.paged_decoding import Table
 from model.rope import rotary_tables
 
@@ -286,8 +286,8 @@ class Attend:
     """If the row has new tokens of several texts."""
     segments: tuple["Attend", ...] = ()
     """What the queries of each text with several of them attend to, in the order of `step.longer`."""
-    singles: tuple[Group | Table, ...] = ()
-    """Texts with one query, as they are attended to together."""
+    singles: tuple[Runs | Group | Table, ...] = ()
+    """Texts with one query, alone or as they are attended to together."""
     has_past: bool = False
     """Whether there are keys before the first query."""
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from model.attend import Attend, common_to_layers, mask_dtype, whole_rows
 from model.config import ModelConfig
-from model.kernels.paged_attention import Group, Single, attend_group, groups_of
+from model.kernels.paged_attention import Group, Runs, Single, attend_group, attend_runs, groups_of, runs_of
 from model.kernels.paged_decoding import Table, table_of
 from model.ops import choose_paged
 from model.rope import depends_on_length
@@ -191,7 +191,9 @@ class PagedStep:
             for end, segment in zip(ends, self.segments) if segment.num_new == 1
         ]  # fmt: skip
         # Segment and first key -> where the keys are.
-        self._places: dict[tuple[int, int], tuple[Tensor, ...] | _Blocks] = {}
+        self._places: dict[tuple[int, int], range | _Blocks] = {}
+        # First slot and number of keys -> views of all rows of the pool.
+        self._views: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._before_N2: Tensor | None = None
 
     @property
@@ -217,10 +219,16 @@ class PagedStep:
             self._begun = None
         self.cache.append(layer, self.slots_N, k_1KND[0], v_1KND[0])
 
-    def attend_singles(self, layer: int, q_HND: Tensor, groups: Sequence[Group | Table], out_HND: Tensor) -> None:
+    def attend_singles(
+        self, layer: int, q_HND: Tensor, singles: Sequence[Runs | Group | Table], out_HND: Tensor
+    ) -> None:
         """Write the heads' outputs of the segments with one new token each."""
         keys_KSD, values_KSD = self.cache.rows_of(layer)
-        for group in groups:
+        for group in singles:
+            if isinstance(group, Runs):
+                views = [self._side_by_side(layer, run.place, run.num_keys) for run in group.runs]
+                attend_runs(q_HND, group.runs, views, out_HND)
+                continue
             rows_B = group[0]
             q_BHD = (q_HND if rows_B is None else q_HND.index_select(1, rows_B)).transpose(0, 1)
             if isinstance(group, Table):
@@ -238,22 +246,31 @@ class PagedStep:
         places = self._places.get((segment, first_key))
         if places is None:
             places = self._places[segment, first_key] = self._find(segment, first_key)
-        row = self.cache.row_of(layer)
         if isinstance(places, _Blocks):
+            row = self.cache.row_of(layer)
             return places.read(self.cache, row), places.read(self.cache, row + 1)
-        return places[row], places[row + 1]
+        k_KSD, v_KSD = self._side_by_side(layer, places.start, len(places))
+        return k_KSD[None], v_KSD[None]
 
-    def _find(self, number: int, first_key: int) -> "tuple[Tensor, ...] | _Blocks":
-        """Views of all rows of the pool, if the keys lie side by side; otherwise their blocks."""
+    def _side_by_side(self, layer: int, place: int, num_keys: int) -> tuple[Tensor, Tensor]:
+        """Views of a layer's keys and values in slots from a place on, (K, S, D) each."""
+        views = self._views.get((place, num_keys))
+        if views is None:
+            assert self.cache.pool is not None
+            # Of all layers by one call.
+            views = self._views[place, num_keys] = self.cache.pool[:, :, place : place + num_keys].unbind(0)
+        row = self.cache.row_of(layer)
+        return views[row], views[row + 1]
+
+    def _find(self, number: int, first_key: int) -> "range | _Blocks":
+        """The slots of the keys, if they lie side by side; otherwise their blocks."""
         size, (_, length, blocks, _) = self.cache.block_size, self.segments[number]
         first, last = first_key // size, (length - 1) // size
         used = list(blocks[first : last + 1])
         begin, end = first_key - first * size, length - first * size
         if used != list(range(used[0], used[0] + len(used))):
             return _Blocks(torch.tensor(used, device=self.cache.device), begin, end)
-        assert self.cache.pool is not None
-        place = used[0] * size
-        return self.cache.pool[:, None, :, place + begin : place + end].unbind(0)
+        return range(used[0] * size + begin, used[0] * size + end)
 
     def append_states(self, layer: int, x_1NC: Tensor) -> Tensor:
         """Store what a layer's local filter reads of the new tokens; return that of the two tokens before each,
@@ -290,10 +307,14 @@ class PagedStep:
         size, device = self.cache.block_size, self.cache.device
         assert not (self.one_by_one and self.longer)
         arguments = self.num_new, size, window, common.slopes, device
-        singles: list[Group] | list[Table]
+        singles: list[Runs | Group | Table]
         if self.cache.attend_table is not None:
             # Its bits depend on a text's own keys alone.
             singles = [table_of(self._singles, *arguments)] if self._singles else []
         else:
-            singles = groups_of(self._singles, *arguments, self.one_by_one)
+            singles, others = [], self._singles
+            if not self.one_by_one:
+                runs, others = runs_of(others, size, window, common.slopes, self.cache.dtype, device)
+                singles += [Runs(runs)] if runs else []
+            singles += groups_of(others, *arguments, self.one_by_one)
         return replace(common, segments=tuple(segments), singles=tuple(singles))

@@ -1,16 +1,23 @@
 """Attention of texts that have one new token each, over keys in blocks: beside the matrices, what decoding many texts
 spends most of its time on.
 
-A layer's keys lie by head, so those of several texts are copied side by side by one call, and multiplied by another:
+    scores (K, G, S) = q keys^T / sqrt(D), and -inf behind a text's end; softmax in float32
+
+A layer's keys lie by head. On a CPU, a text whose blocks lie side by side is a run: it is read where it is, alone. Keys
+of other texts are copied side by side by one call, and multiplied by another; texts whose lengths differ much are not
+put together:
 
     keys   (K, slots, D)  ->  those of B texts, as many of each as the longest has   (K B, S, D)
-    scores (K B, G, S) = q keys^T / sqrt(D), and -inf behind a text's end; softmax in float32
 
-Texts whose lengths differ much are not put together. A text that is alone, and whose blocks lie side by side, is read
-where it is.
+In ms, by one thread of an AMD EPYC (Zen 3) that had other work, too; 12 layers with 12 heads of width 64:
 
-torch's fused attention is made for many queries. With one query for each of 16 texts of 500 tokens, 12 heads of width
-64, in ms by one thread of an AMD EPYC (Zen 5): 2.9 in float32 and 8.1 in bfloat16; this, with the copies, 3.4 and 1.7.
+                               1 text of 160 tokens      16 of 80      16 of 160
+    float32    runs                    2.4                  20             34
+               copies                  4.1                  46             72
+    bfloat16   runs                    3.4                  41             68
+               copies                  4.1                  44             67
+
+torch's fused attention is made for many queries: for such runs it took twice as long as these products.
 
 Shapes: B texts, S keys of the longest, H query heads, K key and value heads, G = H / K, D head dim, N new tokens of a
 pass, n blocks of the longest text.
@@ -34,13 +41,30 @@ class Single(NamedTuple):
     """Blocks of the pool that hold them, in order."""
 
 
+class Run(NamedTuple):
+    """A text whose keys lie side by side."""
+
+    row: int
+    """Place of its token among all new ones."""
+    place: int
+    """Slot of the first key that is seen."""
+    num_keys: int
+    """Number of keys from there on, S."""
+    bias_HS: Tensor | None
+    """What is added to scores, float32 (1 or H, S): -inf for keys behind the text's end."""
+
+
+class Runs(NamedTuple):
+    """Texts that are attended to one by one."""
+
+    runs: list[Run]
+
+
 class Group(NamedTuple):
     """Texts that are attended to together."""
 
     rows_B: Tensor | None
     """Places of their tokens among all new ones, int64; None: they are all, in order."""
-    place: int | None
-    """Of a single text whose keys lie side by side: the first one's slot."""
     blocks: Tensor
     """The texts' blocks, int64 (B n,); of a text that has fewer, the last one again."""
     begin: int
@@ -53,6 +77,42 @@ class Group(NamedTuple):
 
 _ALIKE = 4
 """Texts of up to so many blocks are always together."""
+
+
+def runs_of(
+    texts: Sequence[Single], block_size: int, window: int, slopes_H: Tensor | None, dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[list[Run], list[Single]]:  # fmt: skip
+    """The texts that are runs, and the others. A GPU would rather have fewer calls, and oneDNN, too, in 16 bits; so
+    there is none on a GPU, and in 16 bits only a text that is alone.
+
+    Args:
+        window, slopes_H: as of groups_of.
+        dtype: of the keys.
+    """
+    is_narrow = dtype.itemsize < 4
+    if device.type != "cpu" or (is_narrow and len(texts) > 1):
+        return [], list(texts)
+    runs: list[Run] = []
+    others: list[Single] = []
+    for text in texts:
+        first = max(text.length - window, 0) if window else 0
+        blocks = text.blocks[first // block_size : -(-text.length // block_size)]
+        if list(blocks) != list(range(blocks[0], blocks[0] + len(blocks))):
+            others.append(text)
+            continue
+        place, bias_HS = blocks[0] * block_size + first % block_size, None
+        end = place + text.length - first
+        if is_narrow:
+            # Up to the end of the last block: oneDNN prepares itself for each new number of keys, which in bfloat16
+            # takes as long as both products.
+            end = (blocks[-1] + 1) * block_size
+        if is_narrow or slopes_H is not None:
+            distances_1S = text.length - 1 - torch.arange(first, first + end - place, device=device)[None]
+            bias_HS = torch.zeros(distances_1S.shape) if slopes_H is None else _alibi(distances_1S, slopes_H)[0]
+            bias_HS = bias_HS.masked_fill(distances_1S < 0, -torch.inf)
+        runs.append(Run(text.row, place, end - place, bias_HS))
+    return runs, others
 
 
 def groups_of(
@@ -94,29 +154,45 @@ def _group(
     blocks_Bn = torch.tensor(blocks, device=device)
     lengths = torch.tensor([[text.length] for text in texts], device=device)
     begins = [first // block_size * block_size for first in firsts]
-    begin, place, count = 0, None, longest * block_size
+    begin, count = 0, longest * block_size
     if len(texts) == 1:
-        # Up to the end of the last block, unless only what is seen shall be read: oneDNN prepares itself for each new
-        # number of keys, which in bfloat16 takes as long as both products.
+        # Up to the end of the last block, unless only what is seen shall be read: see runs_of.
         begin, begins = firsts[0] - begins[0], firsts
         count = texts[0].length - firsts[0] if exactly else count - begin
-        if blocks == list(range(blocks[0], blocks[0] + longest)) and not exactly:
-            place = blocks[0] * block_size + begin
     places = torch.tensor(begins, device=device)[:, None] + torch.arange(count, device=device)
     is_hidden = (places >= lengths) | (places < torch.tensor(firsts, device=device)[:, None])
     if slopes_H is not None:
-        bias = _alibi(lengths, places, slopes_H)
+        bias = _alibi(lengths - 1 - places, slopes_H)
     elif exactly:
-        return Group(rows_B, place, blocks_Bn, begin, count, None)
+        return Group(rows_B, blocks_Bn, begin, count, None)
     else:
         bias = torch.zeros(len(texts), 1, count, device=device)
-    return Group(rows_B, place, blocks_Bn, begin, count, bias.masked_fill(is_hidden[:, None], -torch.inf))
+    return Group(rows_B, blocks_Bn, begin, count, bias.masked_fill(is_hidden[:, None], -torch.inf))
 
 
-def _alibi(lengths_B1: Tensor, places_BS: Tensor, slopes_H: Tensor) -> Tensor:
-    """ALiBi's scores (B, H, S), for keys at these places."""
-    distances_BS = (lengths_B1 - 1 - places_BS).float()
-    return distances_BS[:, None] * -slopes_H.float()[:, None]
+def _alibi(distances_BS: Tensor, slopes_H: Tensor) -> Tensor:
+    """ALiBi's scores (B, H, S), for keys at these distances."""
+    return distances_BS.float()[:, None] * -slopes_H.float()[:, None]
+
+
+def attend_runs(
+    q_HND: Tensor, runs: Sequence[Run], views: Sequence[tuple[Tensor, Tensor]], out_HND: Tensor
+) -> None:
+    """Write the heads' outputs of the new tokens of runs.
+
+    Args:
+        views: keys and values of each run where they are, (K, S, D) each.
+    """
+    num_kv = views[0][0].shape[0]
+    q_KGND, out_KGND = (x_HND.unflatten(0, (num_kv, -1)) for x_HND in (q_HND * q_HND.shape[-1] ** -0.5, out_HND))
+    for run, (k_KSD, v_KSD) in zip(runs, views):
+        scores_KGS = torch.bmm(q_KGND.select(2, run.row), k_KSD.mT)
+        if run.bias_HS is None:
+            weights_KGS = scores_KGS.softmax(dim=-1)
+        else:
+            bias = run.bias_HS if run.bias_HS.shape[0] == 1 else run.bias_HS.view_as(scores_KGS)
+            weights_KGS = (bias + scores_KGS).softmax(dim=-1).to(v_KSD.dtype)
+        torch.bmm(weights_KGS, v_KSD, out=out_KGND.select(2, run.row))
 
 
 def attend_group(q_BHD: Tensor, keys_KSD: Tensor, values_KSD: Tensor, group: Group, block_size: int) -> Tensor:
@@ -144,8 +220,6 @@ def attend_group(q_BHD: Tensor, keys_KSD: Tensor, values_KSD: Tensor, group: Gro
 
 def _of_group(pool_KSD: Tensor, group: Group, batch: int, block_size: int) -> Tensor:
     """Keys or values of a group's texts, (K B, S, D)."""
-    if group.place is not None:
-        return pool_KSD[:, group.place : group.place + group.num_keys]
     num_kv, _, width = pool_KSD.shape
     found = pool_KSD.view(num_kv, -1, block_size * width).index_select(1, group.blocks)
     return found.view(num_kv * batch, -1, width)[:, group.begin : group.begin + group.num_keys]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import ModelConfig
 from model.attend import alibi_slopes
-from model.kernels.paged_attention import Single, attend_group, groups_of
+from model.kernels.paged_attention import Single, attend_group, attend_runs, groups_of, runs_of
 from model.paged import PagedCache, PagedStep, Segment
 from tests.unit.test_paged import new_model
 
@@ -57,7 +57,12 @@ def test_against_the_formula(lengths: list[int], kv_heads: int, window: int, has
         keys, values = torch.randn(2, kv_heads, slots, WIDTH, generator=generator).to(dtype)
         q_HND = torch.randn(HEADS, 2 * len(texts) + 1, WIDTH, generator=generator).to(dtype)
         found = torch.zeros_like(q_HND)
-        for group in groups_of(texts, q_HND.shape[1], SIZE, window, slopes, CPU, exactly):
+        runs, others = ([], texts) if exactly else runs_of(texts, SIZE, window, slopes, dtype, CPU)
+        assert bool(others) != bool(runs) or is_scattered
+        if runs:
+            views = [tuple(x[:, run.place : run.place + run.num_keys] for x in (keys, values)) for run in runs]
+            attend_runs(q_HND, runs, views, found)
+        for group in groups_of(others, q_HND.shape[1], SIZE, window, slopes, CPU, exactly):
             out = attend_group(q_HND[:, group.rows_B].transpose(0, 1), keys, values, group, SIZE)
             found[:, group.rows_B] = out.transpose(0, 1)
         for text in texts:
