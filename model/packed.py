@@ -119,7 +119,7 @@ class PackedLinear(Linear, SharesInput):
         if not is_whole or len(found) == 1 or any(layer.of_all is not self.of_all for layer in found):
             return None
         y = self.of_all(x)
-        return [y] if packed else list(y.split(widths, dim=-1))
+        return [y] if packed else list(y.split_with_sizes(widths, dim=-1))
 
 
 class PackedHead(Head):

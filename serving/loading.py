@@ -20,6 +20,7 @@ from model.adapters.switch import Adapters
 from model.config import ModelConfig
 from model.divided import Cutter, outline_of_part
 from model.generation_config import read_adapters_generation_config
+from model.kernels.few_calls import compute_in_few_calls
 from model.ops import build_ops, choose_ops, needs_of
 from model.packed import pack
 from serving.arguments import name_of, require_new
@@ -103,13 +104,15 @@ class Served:
         self._adapters.use(name)
 
     def pack(self) -> None:
-        """Bring matrices into the form that is multiplied fastest, once all adapters are there; see model/packed.py.
+        """Bring matrices into the form that is multiplied fastest, once all adapters are there, see model/packed.py;
+        compute what is between them in few calls, see model/kernels/few_calls.py.
 
         The model cannot be saved or given other weights after it. Several threads may call this.
         """
         with self._packing:
             if self._may_pack:
                 pack(self.model, self._adapters.modules())
+                compute_in_few_calls(self.modules())
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules of the model and of its adapters, in use or not."""
