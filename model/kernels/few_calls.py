@@ -16,7 +16,7 @@ Shapes: as in rms_norm.py and rope.py.
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class UsesOps(Protocol):
 
 def compute_in_few_calls(modules: Iterable[nn.Module]) -> None:
     """Let modules use these in the place of reference operations. They have no gradients after it."""
-    ours = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": Rotation()}
+    ours: dict[str, Any] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "rope": Rotation()}
     for module in modules:
         if isinstance(ops := getattr(module, "ops", None), Ops):
             plain = [name for name in ours if getattr(ops, name) is getattr(REFERENCE, name)]
