@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,17 +84,30 @@ def _python(directory: str) -> tuple[str, str]:
     return os.path.join(seen, os.path.relpath(executable, prefix)), os.path.join(seen, "lib")
 
 
-def _become_program(asked: dict, directory: str, is_root: bool, user: int, to: int) -> NoReturn:
-    """Drop what this process may do, and become the program. It is the first of its namespace of processes."""
-    try:
+def _bound_memory() -> None:
+    """Bound the memory that counts for no process, as far as the kernel lets this one."""
+    with suppress(OSError):
+        # If the machine runs out of memory, programs go first.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    for name in ("shmall", "msgmni"):
+        # System V's shared memory and messages, of this namespace.
+        with suppress(OSError):
+            Path("/proc/sys/kernel", name).write_text("0")
+
+
+def _become_program(asked: dict, directory: str, is_root: bool, user: int, to: int, said: int) -> NoReturn:
+    """Drop what this process may do, and become the program. It is the first of its namespace of processes.
+
+    Args:
+        to: where the program tells that it has come to its end.
+        said: file that takes what it says of its failure.
+    """
+    # Some containers forbid it. Then it sees numbers of processes that it can reach in no way.
+    with suppress(OSError):
         _mount("proc", "/proc", "proc", _NO_SUID | _NO_DEVICES)
-    except OSError:
-        # Some containers forbid it. Then it sees numbers of processes that it can reach in no way.
-        pass
+    _bound_memory()
     python, libraries = _python(directory)
     os.chdir(directory)
-    said = os.open("said", os.O_CREAT | os.O_RDWR, 0o666)
-    os.fchmod(said, 0o666)
     if is_root:
         os.setgroups([])
         try:
@@ -160,23 +174,24 @@ def main(directory: str) -> None:
     user = _FIRST_USER + os.getpid()
     is_root = _enter_namespaces()
     _close_file_system(directory, asked["disk"])
-    from_program, to = os.pipe()
+    # Without a name: the program could put something else in the place of a file, such as a link to /dev/zero.
+    said = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+    (from_program, to), (from_start, of_start) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.close(from_program)
-            _become_program(asked, directory, is_root, user, to)
+            _become_program(asked, directory, is_root, user, to, said)
         except BaseException as error:
-            os.write(to, f"cannot start: {error}".encode())
+            # The program itself does not have this pipe, and can claim nothing.
+            os.write(of_start, f"cannot start: {error}".encode())
             os._exit(1)
     os.close(to)
+    os.close(of_start)
     status = _wait(pid, asked["seconds"])
     # All who could write are dead.
-    written = os.read(from_program, _SAID).decode(errors="replace")
-    if written.startswith("cannot start"):
-        raise OSError(written)
-    passed = written == asked["token"] and status == 0
-    with open(os.path.join(directory, "said"), "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _SAID))
-        said = file.read().decode(errors="replace")
-    json.dump({"passed": passed, "reason": "" if passed else _reason(status, said)}, sys.stdout)
+    if problem := os.read(from_start, _SAID):
+        raise OSError(problem.decode(errors="replace"))
+    passed = os.read(from_program, _SAID) == asked["token"].encode() and status == 0
+    last = os.pread(said, _SAID, max(0, os.fstat(said).st_size - _SAID)).decode(errors="replace")
+    json.dump({"passed": passed, "reason": "" if passed else _reason(status, last)}, sys.stdout)

@@ -95,6 +95,14 @@ HOSTILE = {
         "        open('left', 'w'); time.sleep(60)\nraise SystemExit(1)"
     ),
     "a debugger of others": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0",
+    "claiming that it could not start": (
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'cannot start: no')\n    except OSError: pass"
+    ),
+    "memory of nobody": (
+        "import ctypes\nc = ctypes.CDLL(None)\nc.shmat.restype = ctypes.c_void_p\n"
+        "for _ in range(3):\n    name = c.shmget(0, ctypes.c_size_t(100 << 20), 0o1600)\n    assert name >= 0, 'none'\n"
+        "    c.shmdt(ctypes.c_void_p(c.shmat(name, None, 0)))"
+    ) if os.geteuid() == 0 else "raise SystemExit(1)",
     "becoming root": "import os\nos.setuid(0)\nraise SystemExit(1)" if os.geteuid() == 0 else "raise SystemExit(1)",
 }
 
@@ -114,6 +122,14 @@ def test_a_hostile_program_is_contained(name: str, outside: Path, server: socket
         server.accept()
     left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"]) if process.pid not in before]
     assert not [command for command in left if any("program.py" in word for word in command or [])]
+
+
+@pytest.mark.parametrize("instead", ["", "os.symlink('/etc/passwd', name)", "os.mkfifo(name)", "os.mkdir(name)"])
+def test_a_program_decides_nothing_by_the_files_that_it_leaves(instead: str):
+    replace = f"for name in os.listdir('.'):\n    try: os.unlink(name)\n    except OSError: continue\n    {instead}"
+    start = time.monotonic()
+    assert run(f"import os\n{replace}\nraise SystemExit('its own')", LIMITS) == (False, "its own")
+    assert time.monotonic() - start < 8
 
 
 def test_what_cannot_be_contained_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
