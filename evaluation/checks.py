@@ -3,14 +3,28 @@
 import importlib.util
 from pathlib import Path
 
-from evaluation.config import EvalConfig
+from evaluation.config import EvalConfig, as_flags_of_training
 from evaluation.running import choose
+from evaluation.task import Options
 
 
-def check_tasks(flags: EvalConfig, cut_by: str) -> None:
-    """Refuse tasks that cannot be run.
+def options_of(config: EvalConfig, chat: bool) -> Options:
+    """
+    Args:
+        chat: whether the model learns to answer.
+    """
+    data_dir, task_dir = (Path(path) if path else None for path in (config.eval_data_dir, config.eval_task_dir))
+    return Options(
+        config.eval_limit, config.eval_num_fewshot, data_dir, task_dir, chat,
+        allow_code_execution=config.eval_allow_code_execution,
+    )  # fmt: skip
+
+
+def check_tasks(flags: EvalConfig, chat: bool, cut_by: str) -> None:
+    """Refuse tasks that cannot be run. Nothing is fetched from the network for it.
 
     Args:
+        chat: whether the model learns to answer.
         cut_by: the flag that cuts the model or its rows over the ranks; empty: none does.
     Raises:
         ValueError: a task is unknown or does not go with the run, or something that it needs is missing.
@@ -39,3 +53,10 @@ def check_tasks(flags: EvalConfig, cut_by: str) -> None:
         path = getattr(flags, name)
         if path and not Path(path).is_dir():
             raise ValueError(f"--{name}={path} is not a directory")
+    if chosen.others:
+        from evaluation.harness import require_possible
+
+        try:
+            require_possible(chosen.others, options_of(flags, chat), can_write=not cut_by)
+        except ValueError as error:
+            raise ValueError(f"--eval_tasks: {as_flags_of_training(str(error))}") from error

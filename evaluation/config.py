@@ -1,5 +1,6 @@
 """Options of evaluation during training. Plain data: importing this does not load torch."""
 
+import re
 from dataclasses import dataclass
 
 from utils.options import OnlyWith, require_not_negative, require_positive
@@ -51,3 +52,9 @@ ONLY_WITH = (
     OnlyWith(_DETAILS, lambda f: f["eval_tasks"], "without --eval_tasks"),
     OnlyWith(("eval_tasks", "eval_interval"), lambda f: not f["valid_only"], "with --valid_only"),
 )
+_OTHERS_FLAG = re.compile(r"--(?=(?:limit|num_fewshot|data_dir|task_dir|allow_code_execution)\b)")
+
+
+def as_flags_of_training(text: str) -> str:
+    """A sentence in which flags have their names here: tasks know those of evaluate_model.py."""
+    return _OTHERS_FLAG.sub("--eval_", text)

@@ -133,15 +133,33 @@ def prepare(names: Sequence[str], answerer: Answerer, options: Options) -> Prepa
     Raises:
         ValueError: lm-eval or data are missing, a task is unknown, or the model cannot be asked it.
     """
+    _require_lm_eval(names)
+    from evaluation.harness_tasks import find
+
+    with _surroundings(options):
+        return Prepared(answerer, options, find(names, options, answerer.can_write))
+
+
+def require_possible(names: Sequence[str], options: Options, can_write: bool) -> None:
+    """Look for the tasks as `prepare` does, long before there is an answer. Nothing is fetched: what a network would
+    have to bring is found missing by `prepare` alone.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
+    _require_lm_eval(names)
+    from evaluation.harness_tasks import find, look
+
+    with _surroundings(options):
+        look(names, options, can_write) if options.data_dir is None else find(names, options, can_write)
+
+
+def _require_lm_eval(names: Sequence[str]) -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
         raise ValueError(f"{', '.join(names)}: these tasks need lm-eval: run `pip install -r requirements-eval.txt`, "
                          f"or take --tasks=zero, which needs nothing") from None  # fmt: skip
-    from evaluation.harness_tasks import find
-
-    with _surroundings(options):
-        return Prepared(answerer, options, find(names, options, answerer.can_write))
 
 
 @contextmanager

@@ -72,6 +72,34 @@ def find(names: Sequence[str], options: Options, can_write: bool) -> Found:
     return found
 
 
+def look(names: Sequence[str], options: Options, can_write: bool) -> None:
+    """Refuse what `find` would refuse, as far as the tasks' own files tell; data are not looked at.
+
+    Raises:
+        ValueError: a task is unknown, or cannot be asked of this model.
+    """
+    index = _manager_of(names, options).task_index
+    for name in sorted(_leaves(names, index)):
+        entry = index[name]
+        if entry.yaml_path is not None or entry.cfg is not None:
+            _refuse(_raw(entry), options, can_write)
+
+
+def _leaves(names: Iterable[str], index: Mapping[str, Entry]) -> set[str]:
+    """The tasks that names of tasks, groups and tags mean, as far as they are known."""
+    leaves: set[str] = set()
+    for name in _reachable(names, index) & index.keys():
+        entry = index[name]
+        if entry.kind is not Kind.GROUP:
+            leaves |= entry.tags & index.keys() if entry.kind is Kind.TAG else {name}
+    return leaves
+
+
+def _raw(entry: Entry) -> dict[str, Any]:
+    """A task's configuration, with functions by their names: their import may fetch something."""
+    return entry.cfg if entry.cfg is not None else load_yaml(entry.yaml_path, resolve_func=False)
+
+
 class _Factory(TaskFactory):
     """lm-eval's maker of tasks, which first refuses what cannot be done."""
 
@@ -80,9 +108,7 @@ class _Factory(TaskFactory):
         self._options, self._can_write = options, can_write
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
-        # A task's functions are imported when it is built; that alone may fetch something.
-        raw = entry.cfg if entry.cfg is not None else load_yaml(entry.yaml_path, resolve_func=False)
-        _refuse({**raw, **(overrides or {})}, self._options, self._can_write)
+        _refuse({**_raw(entry), **(overrides or {})}, self._options, self._can_write)
         try:
             task = super()._build_task(entry, overrides)
         except (ValueError, OSError):
@@ -230,7 +256,7 @@ def _manager_of(names: Sequence[str], options: Options) -> TaskManager:
         if name not in manager.task_index and not Path(name).is_file():
             known = [*manager.task_index, *(match for text in texts.values() for match in _NAME.findall(text))]
             near = get_close_matches(name, set(known), 3)
-            meant = f": did you mean {' or '.join(near)}?" if near else ": --list says how to see them"
+            meant = f": did you mean {' or '.join(near)}?" if near else ": `python evaluate_model.py --list` says how to see them"
             raise ValueError(f"there is no task {name}{meant}")
     return manager
 

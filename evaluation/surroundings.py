@@ -65,6 +65,10 @@ def quiet() -> Iterator[None]:
         for logger in loggers:
             logger.addFilter(noise)
             stack.callback(logger.removeFilter, noise)
+        whole = logging.getLogger("lm_eval")
+        stack.callback(whole.setLevel, whole.level)
+        # What it does at each step; training would show that.
+        whole.setLevel(logging.WARNING)
         if had_bars:
             datasets.disable_progress_bars()
             stack.callback(datasets.enable_progress_bars)

@@ -148,7 +148,8 @@ def build(
     _require_same_settings(config, context, dtype, shape)
     if config.evaluation.names and not config.run.valid_only:
         # Rank 0 alone runs the tasks.
-        context.decide_on_main(lambda: check_tasks(config.evaluation, config.parallel.cut_by))
+        chat = config.run.task.teaches_chat
+        context.decide_on_main(lambda: check_tasks(config.evaluation, chat, config.parallel.cut_by))
     pipeline = plan_pipeline(
         config, shape, data.train, mesh.data_size, context, dtype, run_dir.paths.pipeline,
         lambda shape: without_values(shape, config.system, context.device, dtype),

@@ -12,17 +12,17 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from evaluation.asking import Answerer
-from evaluation.config import EvalConfig
+from evaluation.checks import options_of
+from evaluation.config import as_flags_of_training
 from evaluation.in_thread import Asked, Done, EvaluationThread
 from evaluation.journal import Journal
 from evaluation.running import evaluate
-from evaluation.task import Options, Outcome
+from evaluation.task import Outcome
 from runs.reslog import ResLog
 from training import report
 from training.build import Built
@@ -155,18 +155,6 @@ class Evaluations:
         return ""
 
 
-def options_of(config: EvalConfig, chat: bool) -> Options:
-    """
-    Args:
-        chat: whether the model learns to answer.
-    """
-    data_dir, task_dir = (Path(path) if path else None for path in (config.eval_data_dir, config.eval_task_dir))
-    return Options(
-        config.eval_limit, config.eval_num_fewshot, data_dir, task_dir, chat,
-        allow_code_execution=config.eval_allow_code_execution,
-    )  # fmt: skip
-
-
 @contextmanager
 def _same_random_numbers(device: torch.device) -> Iterator[None]:
     """Context after which all generators are as before, whatever the tasks have set as a seed."""
@@ -185,6 +173,6 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
 def _told(error: BaseException) -> str:
     """An error in one sentence; a user's mistake is one already."""
     if isinstance(error, (BatchFailed, OSError, ValueError)) and str(error):
-        return str(error)
+        return as_flags_of_training(str(error))
     logger.info("an error in an evaluation:", exc_info=error)
     return ": ".join(filter(None, [type(error).__name__, str(error)]))

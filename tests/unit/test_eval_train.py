@@ -17,9 +17,11 @@ from evaluation.forward import collate, cut
 from evaluation.in_thread import EvaluationThread
 from evaluation.own import TASKS
 from evaluation.results import read_results
+from evaluation.task import Options
 from model import flops
 from tests.conftest import SEQ_LEN
 from tests.eval_tasks import Programs, Scores, Texts, plain_scores, registered, requests
+from tests.folder_answerer import FolderAnswerer
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
 from training import eval_rounds, evaluation
 
@@ -227,6 +229,72 @@ def test_what_cannot_be_evaluated_is_refused_at_the_start(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
     assert train(tiny_run, *flags) == 2
+    assert words in capsys.readouterr().out and not (out_dir(tiny_run) / "reslog.jsonl").exists()
+
+
+@pytest.fixture
+def task_dir(tmp_path: Path) -> Path:
+    """Tasks of lm-eval's form: choices, and texts."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"def f{n}(a):\n    return", "choices": [" a", " None", " len(a)"], "gold": n} for n in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
+    (folder / "choice.yaml").write_text(f"""task: own_choice
+{files}output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+""")
+    (folder / "writing.yaml").write_text(f"""task: own_writing
+{files}output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["="], max_gen_toks: 12, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+""")
+    return folder
+
+
+def test_tasks_of_lm_eval_stand_beside_ours(task_dir: Path, tiny_run: list[str], tmp_path: Path):
+    """With the answers of the checkpoint by itself."""
+    pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
+    from evaluation import harness
+
+    without = elsewhere(tiny_run, tmp_path / "without")
+    assert train(without) == 0
+    tasks = ["own_choice", "own_writing"]
+    assert train(tiny_run, f"{TASK},{','.join(tasks)}", f"--eval_task_dir={task_dir}", "--eval_interval=2") == 0
+    assert not records(tiny_run, "eval_failed")
+    assert [one["task"] for one in records(tiny_run, "eval")] == ["zero_scores", *tasks] * 2
+    assert same_bits(final_state(tiny_run, 4), final_state(without, 4))
+    answerer = FolderAnswerer(out_dir(tiny_run) / "ckpt" / "step-4")
+    for expected in harness.prepare(tasks, answerer, Options(task_dir=task_dir)).run():
+        samples = samples_of(tiny_run, 4, expected.result.name)
+        assert len(samples) == len(expected.samples) == 3
+        for ours, theirs in zip(samples, expected.samples):
+            if expected.result.name == "own_writing":
+                assert ours["answers"] == theirs["answers"]
+            else:
+                found, wanted = (np.array([answer for (answer,) in one["answers"]]) for one in (ours, theirs))
+                assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--eval_tasks=own_choise"], "did you mean own_choice"),
+        (["--eval_tasks=own_choice,own_writing", "--data_parallel=fsdp"], "own_writing lets the model write"),
+        (["--eval_tasks=own_choice,hellaswag", "--eval_data_dir=."], "the data of Rowan/hellaswag are not in"),
+        (["--eval_tasks=humaneval"], "allow it by --eval_allow_code_execution"),
+    ],
+)
+def test_tasks_of_lm_eval_that_cannot_be_run_are_refused_at_the_start(
+    flags: list[str], words: str, task_dir: Path, tiny_run: list[str], capsys
+):
+    pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
+    assert train(tiny_run, *flags, f"--eval_task_dir={task_dir}") == 2
     assert words in capsys.readouterr().out and not (out_dir(tiny_run) / "reslog.jsonl").exists()
 
 
