@@ -26,6 +26,7 @@ from checkpoint.choosing import resolve_checkpoint_dir
 from evaluation.arguments import command_of, names_of, options_of, parse, require_lm_eval
 from parallel.launched import launched_rank
 from serving.arguments import parse_adapters
+from utils.files import sha256_of_file
 from utils.terminal import INTERRUPTED, run_main
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = names_of(args.tasks)
         require_lm_eval(choose(names).others)
         checkpoint = resolve_checkpoint_dir(Path(args.model))
-        adapter = next((resolve_checkpoint_dir(path) for path in adapters.values()), None)
+        adapters = {name: resolve_checkpoint_dir(path) for name, path in adapters.items()}
+        adapter = next(iter(adapters.values()), None)
         # From here on torch is imported, which takes seconds: mistakes in the command are reported before.
         from evaluation.answering import engine_options
         from serving.opening import opened
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_model(args: argparse.Namespace, path: Path) -> argparse.Namespace:
-    """The flags, with a checkpoint instead of its run, which may save another one meanwhile."""
+    """The flags, with a checkpoint in place of its run, which may save another one meanwhile."""
     return argparse.Namespace(**vars(args) | {"model": str(path)})
 
 
@@ -116,6 +118,7 @@ def run(
 
 def facts_of(args: argparse.Namespace, own: "Opened", checkpoint: Path, adapter: Path | None) -> dict[str, Any]:
     """What is evaluated, as Results has it."""
+    from evaluation.folder import digest_of_weights
     from model.adapters.folder import weights_of
     from serving.offers import step_of
 
@@ -128,19 +131,23 @@ def facts_of(args: argparse.Namespace, own: "Opened", checkpoint: Path, adapter:
         "adapter": None if used is None else str(used.absolute()), "dtype": dtype, "device": parameter.device.type,
     }  # fmt: skip
     speech = own.served.speech_of(own.served.active)
-    return facts | {"fingerprint": _fingerprint([base, *([used] if used else [])], facts, [
-        speech.tokenizer.fingerprint, sorted(speech.stop_ids),
-    ])}  # fmt: skip
+    fingerprint = _fingerprint(base, used, facts, [speech.tokenizer.fingerprint, sorted(speech.stop_ids)])
+    # Training, which evaluates its checkpoints, too, does not read them again.
+    weights = fingerprint if facts["step"] is None else digest_of_weights(used or base)
+    return facts | {"weights": weights, "fingerprint": fingerprint}
 
 
-def _fingerprint(folders: Sequence[Path], facts: Mapping[str, Any], others: Sequence[Any]) -> str:
+def _fingerprint(base: Path, adapter: Path | None, facts: Mapping[str, Any], others: Sequence[Any]) -> str:
     """Digest of weights and configurations, and of whatever else decides an answer."""
-    from model.adapters.folder import fingerprint
+    from model.adapters.folder import TENSORS, fingerprint
 
+    folders, weights = [base], [fingerprint(base)]
+    if adapter is not None:
+        folders.append(adapter)
+        weights.append(sha256_of_file(adapter / TENSORS))
     configurations = [
         path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("*config.json"))
     ]
-    weights = [fingerprint(folder) for folder in folders]
     known = [weights, configurations, facts["dtype"], facts["device"], *others]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 

@@ -1,18 +1,21 @@
 """The folder of an evaluation: where it lies, whose figures it may hold, and how they come into it, task by task."""
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.results import RESULTS_NAME, Results, TaskResult, read_results, write_results, write_samples
+from checkpoint.folder import MANIFEST, is_file_of_rank
+from evaluation.results import RESULTS_NAME, Results, read_results, samples_path, write_results, write_samples
 from evaluation.task import Outcome
 from runs.layout import CKPT_DIR, RUN_MARK, RunPaths
+from utils.small_files import parse_json
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
-_SAME = ("path", "step", "adapter", "dtype", "fingerprint")
+_SAME = ("path", "step", "adapter", "dtype", "weights")
 
 
 def place_of(checkpoint: Path, step: int | None, adapter: Path | None) -> Path:
@@ -30,53 +33,68 @@ def place_of(checkpoint: Path, step: int | None, adapter: Path | None) -> Path:
     return Path("out") / "eval" / found.name
 
 
+def digest_of_weights(checkpoint: Path) -> str:
+    """Digest of a checkpoint's weights: of the checksums in its manifest, so that nothing large is read.
+
+    Raises:
+        OSError, ValueError: it has no manifest, or a damaged one.
+    """
+    files = parse_json((checkpoint / MANIFEST).read_bytes())["files"]
+    weights = sorted(
+        [name, entry["sha256"]]
+        for name, entry in files.items()
+        if name.endswith(".safetensors") and not is_file_of_rank(name)
+    )
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
 class EvaluationFolder:
-    """Figures of one model, written as soon as a task has them.
+    """Figures of one model, written as soon as a task has them. Others may write their tasks' figures meanwhile:
+    another command, or the training that the model is a checkpoint of.
 
     Args:
         model: as in Results.
         command: which gives these figures.
+        replaces: whether figures of another model make way; otherwise they are refused.
     Raises:
         ValueError: there are figures of another model.
         OSError: the folder cannot be read.
     """
 
-    def __init__(self, directory: Path, model: Mapping[str, Any], command: str):
-        self._directory, self._tasks = directory, dict[str, TaskResult]()
-        commands: tuple[str, ...] = ()
-        if (directory / RESULTS_NAME).exists():
-            before = read_results(directory)
-            _require_same(directory, before.model, model)
-            self._tasks |= before.tasks
-            commands = tuple(one for one in before.commands if one != command)
-        self._results = Results(model, self._tasks, versions(), (*commands, command))
+    def __init__(self, directory: Path, model: Mapping[str, Any], command: str, replaces: bool = False):
+        self._directory, self._model, self._command, self._replaces = directory, model, command, replaces
+        self._read()
 
     def take(self, outcome: Outcome) -> None:
         """Keep a task's figures and samples; those that it had before go.
 
         Raises:
+            ValueError: there are figures of another model by now.
             OSError: the folder cannot be written.
         """
-        name = outcome.result.name
+        before, name = self._read(), outcome.result.name
         if outcome.samples:
             write_samples(self._directory, name, outcome.samples)
-        self._tasks[name] = outcome.result
-        write_results(self._directory, replace(self._results, tasks=self._tasks))
+        else:
+            samples_path(self._directory, name).unlink(missing_ok=True)
+        tasks = {**before.tasks, name: outcome.result}
+        commands = (*(one for one in before.commands if one != self._command), self._command)
+        write_results(self._directory, Results(self._model, tasks, versions(), commands))
 
-
-def _require_same(directory: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: the folder holds figures of another model.
-    """
-    # A checkpoint of a run never changes; training evaluates it, too, and has another digest for it.
-    keys = [key for key in _SAME if not (key == "fingerprint" and now.get("step") is not None)]
-    different = [key for key in keys if before.get(key) != now.get(key)]
-    if different:
-        what = {"fingerprint": "weights"}.get(different[0], different[0])
+    def _read(self) -> Results:
+        """What is there of this model."""
+        if not (self._directory / RESULTS_NAME).exists():
+            return Results(self._model)
+        found = read_results(self._directory)
+        different = [key for key in _SAME if found.model.get(key) != self._model.get(key)]
+        if not different:
+            return found
+        if self._replaces:
+            return Results(self._model)
+        be = "are others" if different[0] == "weights" else "is another"
         raise ValueError(
-            f"{directory} holds figures of another model (its {what} is another): give --output_dir, or move the "
-            f"folder away"
+            f"{self._directory} holds figures of another model (its {different[0]} {be}): give --output_dir, or move "
+            f"the folder away"
         )
 
 

@@ -76,7 +76,8 @@ class Results:
     """Figures of one model."""
 
     model: Mapping[str, Any]
-    """path, step, adapter, fingerprint, dtype, device."""
+    """path, step, adapter, dtype, device; "weights", their digest, and "fingerprint", which counts all that decides an
+    answer."""
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of packages and of Python."""

@@ -5,17 +5,17 @@
 """
 
 import hashlib
-import importlib.metadata
 import json
-import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from checkpoint.folder import MANIFEST, is_file_of_rank, step_dir
+from checkpoint.folder import step_dir
 from evaluation.config import EvalConfig
-from evaluation.results import Results, TaskResult, read_results, write_results, write_samples
+from evaluation.folder import EvaluationFolder, digest_of_weights
 from evaluation.task import Outcome
+from model.adapters.folder import weights_of
 from training.build import Built
 from utils.files import atomic_write_json
 from utils.paths import for_command
@@ -33,6 +33,8 @@ class _State:
     starts: int = 0
     """How often the evaluation was begun and then neither ended nor stopped in order."""
     has_ended: bool = False
+    told: Sequence[str] = ()
+    """Tasks whose results have been logged."""
 
 
 class EvalFolder:
@@ -46,15 +48,19 @@ class EvalFolder:
         step, config = built.progress.step, built.config.evaluation
         self.path, checkpoint = built.run_dir.paths.eval_dir(step), built.run_dir.paths.ckpt_dir / step_dir(step)
         device = built.context.device.type
-        self.fingerprint = _digest([_weights_of(checkpoint), str(built.dtype), device])
+        weights = digest_of_weights(checkpoint)
+        self.fingerprint = _digest([weights, str(built.dtype), device])
         """Of the model as it computes."""
-        self._state = _State(_digest([self.fingerprint, asdict(config)]))
-        self._model = {
-            "path": str(checkpoint), "step": step, "adapter": None, "fingerprint": self._state.key,
-            "dtype": str(built.dtype).removeprefix("torch."), "device": device,
+        self._state = _State(_digest([self.fingerprint, asdict(replace(config, eval_interval=0))]))
+        base, adapter = weights_of(checkpoint)
+        model = {
+            "path": str(base.absolute()), "step": step, "adapter": None if adapter is None else str(adapter.absolute()),
+            "dtype": str(built.dtype).removeprefix("torch."), "device": device, "weights": weights,
+            "fingerprint": self.fingerprint,
         }  # fmt: skip
-        self._command = command_for(config, checkpoint, built.config.run.task.teaches_chat)
-        self._tasks: dict[str, TaskResult] = {}
+        command = command_for(config, checkpoint, built.config.run.task.teaches_chat)
+        # A run that was resumed from an earlier step may come to this one with other weights.
+        self._figures = EvaluationFolder(self.path, model, command, replaces=True)
         self._read()
 
     @property
@@ -84,12 +90,12 @@ class EvalFolder:
         Raises:
             OSError: they cannot be written.
         """
-        result = outcome.result
-        is_new = result.name not in self._tasks
-        self._tasks[result.name] = result
-        write_samples(self.path, result.name, outcome.samples)
-        write_results(self.path, Results(self._model, self._tasks, _versions(), (self._command,)))
-        return is_new
+        self._figures.take(outcome)
+        name = outcome.result.name
+        if name in self._state.told:
+            return False
+        self._write(replace(self._state, told=[*self._state.told, name]))
+        return True
 
     def _read(self) -> None:
         with suppress(FileNotFoundError):
@@ -100,7 +106,6 @@ class EvalFolder:
                 raise ValueError(f"{path} is damaged ({error}): delete it") from None
             if state.key == self._state.key:
                 self._state = state
-                self._tasks |= read_results(self.path).tasks
 
     def _write(self, state: _State) -> None:
         self._state = state
@@ -116,24 +121,6 @@ def command_for(config: EvalConfig, checkpoint: Path, chat: bool) -> str:
             words.append(f"--{name} {for_command(value)}")
     words += ["--chat"] * chat + ["--allow_code_execution"] * config.eval_allow_code_execution
     return " ".join(words)
-
-
-def _weights_of(checkpoint: Path) -> list[list[str]]:
-    """Names and checksums of the files with weights."""
-    files = parse_json((checkpoint / MANIFEST).read_bytes())["files"]
-    return sorted(
-        [name, entry["sha256"]]
-        for name, entry in files.items()
-        if name.endswith(".safetensors") and not is_file_of_rank(name)
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "lm_eval", "datasets"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def _digest(value: object) -> str:

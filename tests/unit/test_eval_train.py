@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate_model
 import train_my_ddp
 from checkpoint.writing import CheckpointWriter
 from evaluation import forward
@@ -26,6 +27,7 @@ from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bi
 from training import eval_rounds, evaluation
 
 TASK = "--eval_tasks=zero_scores"
+SHAPE = ("--hidden_size", "--num_", "--tie")
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +107,31 @@ def test_an_evaluation_leaves_results_and_changes_nothing(tiny_run: list[str], t
     assert train(tiny_run, "--resume", TASK, "--eval_limit=3") == 0
     assert len(records(tiny_run, "eval")) == 5 and len(samples_of(tiny_run, 4)) == 3
     assert len(records(tiny_run, "start")) == 3
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_the_command_and_training_share_a_folder(has_adapter: bool, tiny_run: list[str], tmp_path: Path):
+    more = []
+    if has_adapter:
+        base = elsewhere(tiny_run, tmp_path / "base")
+        assert train(base) == 0
+        more = [f"--init_from={out_dir(base)}", "--lora_r=2", "--lora_target_modules=all-linear"]
+        tiny_run = [flag for flag in tiny_run if not flag.startswith(SHAPE)]
+    assert train(tiny_run, TASK, "--eval_limit=3", *more) == 0
+    folder = out_dir(tiny_run) / "eval" / "step-4"
+    before = read_results(folder)
+    flags = ["--device", "cpu", "--tasks", "zero_arithmetic", "--limit", "1"]
+    assert evaluate_model.main(["--model", str(out_dir(tiny_run)), *flags]) == 0
+    found = read_results(folder)
+    assert [*found.tasks] == ["zero_scores", "zero_arithmetic"] and len(found.commands) == 2
+    assert found.model | before.model == found.model | {"fingerprint": before.model["fingerprint"]}
+    assert train(tiny_run, "--resume", TASK + ",zero_texts", "--eval_limit=3", *more) == 0
+    assert [*read_results(folder).tasks] == ["zero_scores", "zero_arithmetic", "zero_texts"]
+    # Figures of other weights, which the run had at this step before it went another way, make way.
+    path = folder / "results.json"
+    path.write_text(path.read_text().replace(found.model["weights"], "others"))
+    assert train(tiny_run, "--resume", TASK, "--eval_limit=2", *more) == 0
+    assert [*read_results(folder).tasks] == ["zero_scores"]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import pytest
 import evaluate_model
 from evaluation import answering, arguments
 from evaluation.asking import Score, Scoring
-from evaluation.folder import place_of
+from evaluation.folder import EvaluationFolder, place_of
 from evaluation.progress import Progress, duration
 from evaluation.results import Figure, TaskResult, read_results
 from evaluation.table import table_of
+from evaluation.task import Outcome
 from runs.layout import RUN_MARK, RunPaths
 from tests.plain_answerer import Guesser
 from tests.served import tiny_tokenizer, write_checkpoint, write_model
@@ -101,8 +102,23 @@ def test_a_runs_figures_lie_in_the_run(tmp_path: Path):
     (directory / "results.json").write_text(json.dumps(values))
     assert call(checkpoint, "--tasks", "zero_arithmetic", "--limit", "2") == 0
     assert [*read_results(directory).tasks] == ["zero_copying", "zero_arithmetic"]
+    # Another branch of the run had other weights at this step.
+    values["model"]["weights"] = "others"
+    (directory / "results.json").write_text(json.dumps(values))
+    assert call(checkpoint, "--tasks", "zero_arithmetic", "--limit", "2") == 2
     assert place_of(tmp_path / "base", 7, checkpoint) == directory
     assert place_of(tmp_path / "base", None, None) == Path("out/eval/base")
+
+
+def test_commands_at_the_same_time_keep_each_others_figures(tmp_path: Path):
+    one, two = (EvaluationFolder(tmp_path, {"path": "model"}, name) for name in ("one", "two"))
+    for folder, task in ((one, "a"), (two, "b"), (one, "c")):
+        folder.take(Outcome(TaskResult(task, {}), [{"id": 0}] if task != "c" else []))
+    found = read_results(tmp_path)
+    assert [*found.tasks] == ["a", "b", "c"] and found.commands == ("two", "one")
+    # Samples of an earlier evaluation do not stay beside figures that are not theirs.
+    one.take(Outcome(TaskResult("a", {}), []))
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples-b.jsonl"}
 
 
 def test_figures_of_another_model_are_not_mixed(
@@ -117,7 +133,7 @@ def test_figures_of_another_model_are_not_mixed(
     shutil.rmtree(model)
     write_model(model, tiny_tokenizer(), seed=1, context=128)
     assert call(model, *flags) == 2
-    assert "(its weights is another)" in capsys.readouterr().err
+    assert "(its weights are others)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
