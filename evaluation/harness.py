@@ -56,20 +56,15 @@ class Prepared:
                     yield self._aggregate(one, group)
 
     def _evaluate(self, name: str, task: Any) -> Outcome:
-        from lm_eval.evaluator import evaluate
-
         from evaluation import code_tasks
+        from evaluation.harness_tasks import set_seeds
         from evaluation.local_data import fingerprint
 
         began = time.monotonic()
         code_tasks.forget()
+        set_seeds(self._options)
         self._lm.num_shortened = 0
-        found = evaluate(
-            lm=self._lm, task_dict={"tasks": {name: task}, "groups": {}}, limit=self._options.limit,
-            bootstrap_iters=_RESAMPLES, log_samples=True, system_instruction=self._options.system or None,
-            apply_chat_template=self._options.chat, fewshot_as_multiturn=True,
-            confirm_run_unsafe_code=self._options.allow_code_execution,
-        )  # fmt: skip
+        found = self._ask(name, task)
         metrics = self._metrics[name] = found["results"][name]
         self._better |= task.higher_is_better()
         if self._lm.num_shortened:
@@ -81,6 +76,29 @@ class Prepared:
             seconds=time.monotonic() - began, group=self._group_of(name),
         )  # fmt: skip
         return Outcome(result, [_record(sample) for sample in found["samples"][name]])
+
+    def _ask(self, name: str, task: Any) -> Any:
+        """What lm-eval's evaluator gives.
+
+        Raises:
+            ValueError: the model cannot be asked this, or the task's own code fails.
+        """
+        from lm_eval.evaluator import evaluate
+
+        try:
+            return evaluate(
+                lm=self._lm, task_dict={"tasks": {name: task}, "groups": {}}, limit=self._options.limit,
+                bootstrap_iters=_RESAMPLES, log_samples=True, system_instruction=self._options.system or None,
+                apply_chat_template=self._options.chat, fewshot_as_multiturn=True,
+                confirm_run_unsafe_code=self._options.allow_code_execution,
+            )  # fmt: skip
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            # Filters and metrics are anybody's code, and may raise anything.
+            logger.info("the task %s failed:", name, exc_info=error)
+            text = " ".join(str(error).split())[:300]
+            raise ValueError(f"the task {name} failed ({type(error).__name__}: {text}): leave it out") from error
 
     def _settings(self, task: Any) -> dict[str, Any]:
         options = self._options
@@ -107,9 +125,10 @@ class Prepared:
         figures = {}
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")
+            value = _plain(value)
             if key in _NO_FIGURES or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            error = metrics.get(f"{metric}_stderr{comma}{chosen}")
+            error = _plain(metrics.get(f"{metric}_stderr{comma}{chosen}"))
             figures[metric if chosen == "none" else key] = Figure(
                 float(value), float(error) if isinstance(error, (int, float)) else None,
                 int(metrics.get("sample_len", 0)), bool(self._better.get(metric, True)),

@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -146,9 +147,16 @@ class AnsweringLM(LM):
             scored = self._tokenizer.encode(continuation)
             return (scored[:1], scored[1:]) if scored[:1] == [self._prefix] else ([self._prefix], scored)
         given = context.rstrip()
-        tokens = self._encode(given)
-        whole = self._encode(context + continuation)
-        return tokens or [self._prefix], whole[len(tokens) :]
+        tokens, scored = self._cut(self._encode(given), self._encode(context + continuation))
+        return tokens or [self._prefix], scored
+
+    @staticmethod
+    def _cut(tokens: list[int], whole: list[int]) -> Pair:
+        """Tokens of a context, and those behind it in the whole text. If the last one of the context has swallowed what
+        follows, which `hf` does not allow, what is scored begins with the token that did."""
+        if len(whole) <= len(tokens) and whole != tokens:
+            tokens = commonprefix([tokens, whole[:-1]])
+        return tokens, whole[len(tokens) :]
 
     @staticmethod
     def _is_blank(text: str) -> bool:
@@ -157,6 +165,7 @@ class AnsweringLM(LM):
     def _laid_pair(self, context: Laid, continuation: str) -> Pair:
         given = context.begun.rstrip()
         tokens, whole = context.tokens(given), context.tokens(context.begun + continuation)
+        tokens, _ = self._cut(tokens, whole)
         count = len(tokens)
         while not given and count > 1 and self._is_blank(self._tokenizer.decode(tokens[count - 1 : count])):
             # Blanks that the template writes behind "assistant".

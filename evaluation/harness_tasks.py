@@ -58,8 +58,7 @@ def find(names: Sequence[str], options: Options, can_write: bool) -> Found:
     found = Found()
     for name in names:
         # As if it were asked for alone.
-        random.seed(_PYTHON_SEED)
-        np.random.seed(options.seed % (1 << 32))
+        set_seeds(options)
         loaded = manager.load([name])
         for one, task in loaded["tasks"].items():
             if one not in found.tasks:
@@ -98,6 +97,12 @@ def _leaves(names: Iterable[str], index: Mapping[str, Entry]) -> set[str]:
 def _raw(entry: Entry) -> dict[str, Any]:
     """A task's configuration, with functions by their names: their import may fetch something."""
     return entry.cfg if entry.cfg is not None else load_yaml(entry.yaml_path, resolve_func=False)
+
+
+def set_seeds(options: Options) -> None:
+    """Begin the random numbers that tasks draw, as lm-eval does."""
+    random.seed(_PYTHON_SEED)
+    np.random.seed(options.seed % (1 << 32))
 
 
 class _Factory(TaskFactory):
@@ -194,8 +199,12 @@ def _set_examples(task: Task, options: Options) -> None:
     task.set_config(key="num_fewshot", value=count)
     task.set_fewshot_seed(seed=options.seed)
     pool = getattr(getattr(task, "sampler", None), "df", None)
-    if count and pool is not None and len(pool) < count:
-        raise ValueError(f"{task.task_name} shows {count} examples, and its data have {len(pool)}: give a smaller "
+    if not count or pool is None:
+        return
+    # A question is no example of itself.
+    has_question = task.get_config("test_split") == getattr(getattr(task, "fewshot_cfg", None), "split", None)
+    if (room := len(pool) - has_question) < count:
+        raise ValueError(f"{task.task_name} shows {count} examples, and its data have {room}: give a smaller "
                          f"--num_fewshot")  # fmt: skip
 
 
@@ -256,8 +265,10 @@ def _manager_of(names: Sequence[str], options: Options) -> TaskManager:
         if name not in manager.task_index and not Path(name).is_file():
             known = [*manager.task_index, *(match for text in texts.values() for match in _NAME.findall(text))]
             near = get_close_matches(name, set(known), 3)
-            meant = f": did you mean {' or '.join(near)}?" if near else ": `python evaluate_model.py --list` says how to see them"
-            raise ValueError(f"there is no task {name}{meant}")
+            advice = f"did you mean {' or '.join(near)}?" if near else (
+                "`python evaluate_model.py --list` says how to see them"
+            )  # fmt: skip
+            raise ValueError(f"there is no task {name}: {advice}")
     return manager
 
 

@@ -264,7 +264,8 @@ def task_dir(tmp_path: Path) -> Path:
     """Tasks of lm-eval's form: choices, and texts."""
     folder = tmp_path / "tasks"
     folder.mkdir()
-    rows = [{"question": f"def f{n}(a):\n    return", "choices": [" a", " None", " len(a)"], "gold": n} for n in range(3)]
+    choices = [" a", " None", " len(a)"]
+    rows = [{"question": f"def f{n}(a):\n    return", "choices": choices, "gold": n} for n in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
     (folder / "choice.yaml").write_text(f"""task: own_choice

@@ -20,6 +20,7 @@ from evaluation.harness import prepare
 from evaluation.harness_tasks import _manager_of
 from evaluation.task import Options, Outcome
 from tests.folder_answerer import FolderAnswerer
+from tests.plain_answerer import Guesser
 from tests.served import tiny_tokenizer
 
 CONTEXT = 96
@@ -284,6 +285,62 @@ def test_what_cannot_be_asked_is_refused_by_name_before_anything_is_asked(made: 
         text = "".join(line for line in text.splitlines(True) if not line.startswith(change.partition(":")[0]))
         (tmp_path / "bad.yaml").write_text(text + change + "\n")
         assert words in refusal("bad", task_dir=tmp_path)
+
+
+@one_model
+def test_examples_from_among_the_questions_leave_out_the_question(made: Made, task_dir: Path, tmp_path: Path):
+    text = (task_dir / "own_shots.yaml").read_text().replace("own_shots", "among").replace(": train", ": test")
+    (tmp_path / "among.yaml").write_text(text)
+    for sampler in ("default", "first_n"):
+        (tmp_path / "among.yaml").write_text(f"{text}fewshot_config: {{sampler: {sampler}}}\n")
+        [outcome] = prepare(["among"], made.answerer, Options(task_dir=tmp_path, num_fewshot=4)).run()
+        assert outcome.result.settings["num_fewshot"] == 4
+        with pytest.raises(ValueError, match="among shows 5 examples, and its data have 4: give a smaller"):
+            prepare(["among"], made.answerer, Options(task_dir=tmp_path, num_fewshot=5))
+
+
+OWN_CODE = """
+import random
+
+import numpy as np
+
+def fails(doc, results):
+    return {"share": results["none"]}
+
+def thirds(doc, results):
+    return {"share": random.random()}
+
+def mean(values):
+    return np.float32(sum(values) / len(values))
+"""
+
+
+@one_model
+def test_a_tasks_own_code_is_trusted_with_nothing(made: Made, task_dir: Path, tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    text = (task_dir / "own_choice.yaml").read_text().partition("metric_list")[0]
+    for name in ("fails", "thirds"):
+        (tmp_path / f"{name}.yaml").write_text(
+            text.replace("own_choice", name) + f"process_results: !function own.{name}\n"
+            "metric_list: [{metric: share, aggregation: !function own.mean, higher_is_better: true}]\n"
+        )
+    with pytest.raises(ValueError, match="the task fails failed .TypeError: list indices must be"):
+        [*prepare(["fails"], made.answerer, Options(task_dir=tmp_path)).run()]
+    # It draws the same numbers each time, and NumPy's numbers are figures.
+    one, other = ([*prepare(["thirds"], made.answerer, Options(task_dir=tmp_path)).run()] for _ in range(2))
+    assert 0 < one[0].result.figures["share"].value == other[0].result.figures["share"].value < 1
+
+
+def test_a_token_that_joins_context_and_answer_is_scored():
+    from evaluation.harness_lm import AnsweringLM
+
+    tokenizer = tiny_tokenizer()
+    lm = AnsweringLM(Guesser(tokenizer), seed=0)
+    for context, answer in (("def r", "eturn"), ("d", "e"), ("x = d", "ef"), ("x", "")):
+        given, scored = lm._pair(context, answer)
+        assert given and bool(scored) == bool(answer)
+        if answer:
+            assert tokenizer.decode([one for one in (*given, *scored) if one != lm._prefix]) == context + answer
 
 
 @one_model
