@@ -125,13 +125,33 @@ def answerer_of(served: Served, options: EngineOptions | None = None, adapter: s
     return EngineAnswerer(served, Engine(served, options or engine_options(served.model)), adapter)
 
 
+class _Watched:
+    """An engine whose owner looks at something else after each step."""
+
+    def __init__(self, engine: Engine, after_step: Callable[[], None]):
+        self._engine, self._after_step = engine, after_step
+        self.submit, self.cancel = engine.submit, engine.cancel
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def step(self) -> list[Piece]:
+        pieces = self._engine.step()
+        self._after_step()
+        return pieces
+
+
 @contextmanager
-def lent(model: Decoder, speech: Speech, options: EngineOptions | None = None) -> Iterator[EngineAnswerer]:
+def lent(
+    model: Decoder, speech: Speech, options: EngineOptions | None = None, after_step: Callable[[], None] = lambda: None
+) -> Iterator[EngineAnswerer]:
     """A model that is being trained, as one that answers. Its matrices stay as they are, so this is slower than
     `answerer_of`; afterwards each module is in the mode, and each parameter wants the gradients, that it had.
 
     Args:
         options: without batch_invariant, which would change the model's experts.
+        after_step: called after each forward pass; what it raises comes out of the answers.
     Raises:
         ValueError: as for `answerer_of`.
     """
@@ -141,7 +161,8 @@ def lent(model: Decoder, speech: Speech, options: EngineOptions | None = None) -
     modes = [(module, module.training) for module in model.modules()]
     wishes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield answerer_of(Served(model, speech, may_pack=False), options)
+        served = Served(model, speech, may_pack=False)
+        yield EngineAnswerer(served, _Watched(Engine(served, options), after_step))
     finally:
         for module, is_training in modes:
             module.training = is_training

@@ -4,7 +4,8 @@
     others    receive                             | their own batches | sums                   | receive ...
 
 A message may also be empty, while rank 0 has nothing to ask, or tell the end. With each of them, the ranks agree on
-whether any must stop. Batch i of a round goes to data rank i, and batches do not depend on the number of ranks.
+whether any must stop. Batch i of a round goes to data rank i, and batches do not depend on the number of ranks. While
+they write, which takes long, they also agree after each second.
 
 An error in a batch is told to all ranks, and they go on together, unless ranks need each other in a forward pass: then
 nobody knows how far the others have come, and the error ends the run.
@@ -13,7 +14,7 @@ nobody knows how far the others have come, and the error ends the run.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -22,14 +23,19 @@ from torch import Tensor
 
 from evaluation.asking import Score, Scoring, Writing, Written
 from evaluation.forward import Cut, ScoringTask, collate, cut
-from evaluation.plain_writing import write_text
-from tokenizer.chat_template import template_of
+from evaluation.live_writing import groups_of, write_texts
+from parallel import DistContext
+from serving.loading import Speech
 from training.build import Built
 from training.stopping import Stopping
 
 _BEAT_S = 1.0
 """Time between signs of life."""
 Message = dict[str, Any]
+
+
+class _BrokenOff(Exception):
+    """Texts are left unfinished, since a rank must stop or has failed."""
 
 
 class BatchFailed(Exception):
@@ -42,11 +48,9 @@ class EvalRounds:
     def __init__(self, built: Built, stopping: Stopping):
         self._built, self._stopping, self._engine = built, stopping, built.engine
         self._context, self._mesh, self._model = built.context, built.mesh, built.model
-        self._tokenizer, self._beaten = built.data.tokenizer, 0.0
-        self._scoring = ScoringTask(built.model, built.export.vocab_size)
-        self._stop_ids = frozenset([self._tokenizer.eod_id])
-        if built.config.run.task.teaches_chat:
-            self._stop_ids |= template_of(self._tokenizer).stop_ids
+        self._scoring, self._beaten = ScoringTask(built.model, built.export.vocab_size), 0.0
+        tokenizer, ends = built.data.tokenizer, built.export.generation.eos_ids
+        self._speech = Speech(tokenizer, frozenset([tokenizer.eod_id, *ends]), {})
         self.stopped = False
         """Whether any rank must stop. All ranks know it after the same message."""
 
@@ -82,8 +86,9 @@ class EvalRounds:
 
     def write(self, asked: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
         """Rank 0: (place, text) of each request. Raises as `score`."""
-        for places in self._groups(range(len(asked))):
-            texts = self._do(self._tell({"write": [asdict(asked[place]) for place in places]}))
+        for groups in self._groups(groups_of(len(asked), self._context.device.type)):
+            texts = self._do(self._tell({"write": [[asdict(asked[place]) for place in group] for group in groups]}))
+            places = [place for group in groups for place in group]
             for place, (text, has_ended) in zip(places, texts):
                 yield place, Written(text, has_ended)
             if self.stopped:
@@ -171,23 +176,26 @@ class EvalRounds:
         if into is not None:
             into += torch.stack([sums["logprobs"], sums["greedy"]], dim=1)[: len(asked)].cpu()
 
-    def _write_round(self, asked: Sequence[Message]) -> list[list[Any]]:
-        """(Text, whether it has ended) of each."""
+    def _write_round(self, groups: Sequence[Sequence[Message]]) -> list[list[Any]]:
+        """(Text, whether it has ended) of each; none if they are broken off, since any rank must stop."""
         own: list[Written] = []
-        problem = None
-        if self._mesh.data_rank < len(asked):
-            one = asked[self._mesh.data_rank]
-            writing = Writing(**one | {"prompt": tuple(one["prompt"]), "stop": tuple(one["stop"])})
-            problem = self._attempt(lambda: own.append(self._write(writing)))
+        problem, looks = None, _Looks(self._context, self._stopping, self._beat)
+        if self._mesh.data_rank < len(groups):
+            asked = [_writing_of(one) for one in groups[self._mesh.data_rank]]
+            problem = self._attempt(lambda: own.extend(self._write(asked, looks)))
+        looks.until_all_are_done(problem is not None)
+        self.stopped |= looks.must_stop
+        if looks.are_broken_off and not looks.num_failed:
+            return []
         gathered = self._context.gather([problem, *own])
         if any(problem for problem, *_ in gathered):
             self._raise_problem(problem)
         return [answer for _, *answers in gathered for answer in answers]
 
-    def _write(self, writing: Writing) -> Written:
-        return write_text(
-            self._model, self._tokenizer, self._stop_ids, writing, self._built.dtype, self._context.device, self._beat
-        )
+    def _write(self, asked: Sequence[Writing], looks: "_Looks") -> list[Written]:
+        with suppress(_BrokenOff):
+            return write_texts(self._model, self._speech, asked, looks.after_step)
+        return []
 
     def _attempt(self, work: Callable[[], None]) -> str | None:
         """Do work of this rank alone; returns what went wrong."""
@@ -211,3 +219,46 @@ class EvalRounds:
         if now - self._beaten > _BEAT_S:
             self._beaten = now
             self._built.run_dir.heartbeat.beat("evaluate", self._built.progress.step)
+
+
+def _writing_of(told: Message) -> Writing:
+    lists = {name: tuple(told[name]) for name in ("prompt", "stop", "stop_ids")}
+    return Writing(**told | lists)
+
+
+class _Looks:
+    """What ranks agree on, each second, while they write texts of different lengths: whether any still writes, has
+    failed, or must stop. One that has nothing left goes on looking, and shows that it lives."""
+
+    def __init__(self, context: DistContext, stopping: Stopping, beat: Callable[[], None]):
+        self._context, self._stopping, self._beat, self._last = context, stopping, beat, time.monotonic()
+        self.num_writing, self.num_failed, self.must_stop = 0, 0, False
+
+    @property
+    def are_broken_off(self) -> bool:
+        """Whether ranks have left texts unfinished."""
+        return self.num_writing > 0 and (self.must_stop or self.num_failed > 0)
+
+    def after_step(self) -> None:
+        """On a rank that writes. Collective from time to time.
+
+        Raises:
+            _BrokenOff: no rank must write any more.
+        """
+        if time.monotonic() - self._last > _BEAT_S:
+            self._look(True, False)
+            if self.are_broken_off:
+                raise _BrokenOff
+
+    def until_all_are_done(self, has_failed: bool) -> None:
+        """On a rank that has written, has failed, or was broken off. Collective."""
+        is_first = True
+        while not self.are_broken_off and (is_first or self.num_writing):
+            self._look(False, has_failed)
+            is_first = False
+
+    def _look(self, is_writing: bool, has_failed: bool) -> None:
+        self._beat()
+        mine = torch.tensor([int(is_writing), int(has_failed), int(self._stopping.asked())])
+        self.num_writing, self.num_failed, stop = self._context.all_sum(mine).tolist()
+        self.must_stop, self._last = bool(stop), time.monotonic()

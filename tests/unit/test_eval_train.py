@@ -267,7 +267,8 @@ def task_dir(tmp_path: Path) -> Path:
     choices = [" a", " None", " len(a)"]
     rows = [{"question": f"def f{n}(a):\n    return", "choices": choices, "gold": n} for n in range(3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
+    files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
+    files += "test_split: test\n"
     (folder / "choice.yaml").write_text(f"""task: own_choice
 {files}output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
