@@ -4,17 +4,17 @@ from collections.abc import Iterable
 
 from evaluation.results import Figure, TaskResult
 
-_HEADER = ("task", "examples", "metric", "value", "", "questions")
+_HEADER = ("task", "examples", "metric", "value", "95%", "questions")
 
 
 def table_of(results: Iterable[TaskResult]) -> str:
-    """A line for each figure: its value, and half of its 95% confidence interval behind "±"."""
+    """A line for each figure: its value and its 95% confidence interval, which need not have the value in its middle."""
     rows = [_HEADER]
     for result in results:
         examples = result.settings.get("num_fewshot")
         shown = (result.name, "" if examples is None else str(examples))
         for metric, figure in result.figures.items():
-            rows.append((*shown, metric, number(figure.value), _error(figure), f"{figure.count:,}"))
+            rows.append((*shown, metric, number(figure.value), _interval(figure), f"{figure.count:,}"))
             shown = ("", "")
         if not result.figures:
             rows.append((*shown, f"none: {result.settings.get('reason', 'it found nothing')}", "", "", ""))
@@ -28,8 +28,12 @@ def table_of(results: Iterable[TaskResult]) -> str:
 
 
 def figures_of(result: TaskResult) -> str:
-    """The figures of a task in a line."""
-    found = (f"{metric} {number(figure.value)} {_error(figure)}".rstrip() for metric, figure in result.figures.items())
+    """The figures of a task in a line, without those of its parts."""
+    found = []
+    for metric, figure in result.figures.items():
+        if "/" not in metric:
+            interval = _interval(figure)
+            found.append(f"{metric} {number(figure.value)}" + (f" (95%: {interval})" if interval else ""))
     return ", ".join(found) or str(result.settings.get("reason", "it found nothing"))
 
 
@@ -37,6 +41,6 @@ def number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
-def _error(figure: Figure) -> str:
+def _interval(figure: Figure) -> str:
     interval = figure.interval
-    return "" if interval is None else f"± {number(interval[1] - figure.value)}"
+    return "" if interval is None else f"{number(interval[0])} to {number(interval[1])}"

@@ -15,7 +15,7 @@ from evaluation.asking import Score, Scoring
 from evaluation.folder import EvaluationFolder, place_of
 from evaluation.progress import Progress, duration
 from evaluation.results import Figure, TaskResult, read_results
-from evaluation.table import table_of
+from evaluation.table import figures_of, table_of
 from evaluation.task import Outcome
 from runs.layout import RUN_MARK, RunPaths
 from tests.plain_answerer import Guesser
@@ -170,16 +170,23 @@ def test_the_list_of_tasks_needs_no_model(capsys: pytest.CaptureFixture[str]):
 def test_the_table_shows_values_with_their_intervals():
     results = [
         TaskResult("mmlu", {"acc": Figure(0.25, 0.01, 14042)}, settings={"num_fewshot": 5}),
+        TaskResult("all_right", {"acc": Figure(1.0, 0.0, 8)}),
         TaskResult("wikitext", {"word_perplexity": Figure(12345.6, None, 62, False), "b": Figure(1.5, None, 62)}),
         TaskResult("zero_formats", {}, settings={"reason": "its context is too short"}),
     ]
     assert table_of(results).splitlines() == [
-        "task          examples  metric                              value            questions",
-        "mmlu                 5  acc                                0.2500  ± 0.0196     14,042",
-        "wikitext                word_perplexity                 1.235e+04                   62",
-        "                        b                                  1.5000                   62",
+        "task          examples  metric                              value  95%               questions",
+        "mmlu                 5  acc                                0.2500  0.2304 to 0.2696     14,042",
+        "all_right               acc                                1.0000  0.6756 to 1.0000          8",
+        "wikitext                word_perplexity                 1.235e+04                           62",
+        "                        b                                  1.5000                           62",
         "zero_formats            none: its context is too short",
     ]
+
+
+def test_the_line_of_a_task_leaves_its_parts_to_the_table():
+    figures = {"acc": Figure(1.0, 0.0, 8), "acc/4": Figure(1.0, 0.0, 4), "bits": Figure(2.5, None, 8, False)}
+    assert figures_of(TaskResult("zero_copying", figures)) == "acc 1.0000 (95%: 0.6756 to 1.0000), bits 2.5000"
 
 
 class Terminal(io.StringIO):
