@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from evaluation.running import choose
 
         names = names_of(args.tasks)
-        require_lm_eval(choose(names).others)
+        chosen = choose(names)
+        chosen.require_use_of(options)
+        require_lm_eval(chosen.others)
         checkpoint = resolve_checkpoint_dir(Path(args.model))
         adapters = {name: resolve_checkpoint_dir(path) for name, path in adapters.items()}
         adapter = next(iter(adapters.values()), None)

@@ -22,6 +22,16 @@ class Chosen:
     others: Sequence[str] = ()
     """Names for lm-eval."""
 
+    def require_use_of(self, options: Options) -> None:
+        """
+        Raises:
+            ValueError: an option says something that none of the tasks would heed.
+        """
+        if options.num_fewshot is not None and not self.others:
+            raise ValueError("--num_fewshot is for tasks of lm-eval: those that begin with zero_ have their own")
+        if options.texts and not any(task.name == "zero_bits_per_byte" for task in self.own):
+            raise ValueError("--texts is for the task zero_bits_per_byte: add it to --tasks, or leave --texts out")
+
 
 def choose(names: Sequence[str]) -> Chosen:
     """The tasks of these names; "zero" stands for all of our own.

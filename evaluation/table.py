@@ -8,7 +8,7 @@ _HEADER = ("task", "examples", "metric", "value", "95%", "questions")
 
 
 def table_of(results: Iterable[TaskResult]) -> str:
-    """A line for each figure: its value and its 95% confidence interval, which need not have the value in its middle."""
+    """A line for each figure: its value and 95% confidence interval, which need not have the value in its middle."""
     rows = [_HEADER]
     for result in results:
         examples = result.settings.get("num_fewshot")

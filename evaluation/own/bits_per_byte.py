@@ -116,7 +116,8 @@ def _documents_of(domain: str, file: Path) -> Iterator[Document]:
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"--texts: {file} is not text in UTF-8: leave it out, or convert it") from None
+        raise ValueError(f"--texts: {file} is not text in UTF-8: convert it, or name a folder without "
+                         f"it") from None  # fmt: skip
     if file.suffix != ".jsonl":
         yield Document(domain, file.name, text)
         return
