@@ -12,7 +12,7 @@ import torch
 import evaluate_model
 import train_my_ddp
 from checkpoint.writing import CheckpointWriter
-from evaluation import forward
+from evaluation import forward, live_writing
 from evaluation.asking import Scoring
 from evaluation.forward import collate, cut
 from evaluation.in_thread import EvaluationThread
@@ -24,7 +24,10 @@ from tests.conftest import SEQ_LEN
 from tests.eval_tasks import Programs, Scores, Texts, plain_scores, registered, requests
 from tests.folder_answerer import FolderAnswerer
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
+from tests.unit.test_sft_train import Home, dpo_flags, sft_flags
 from training import eval_rounds, evaluation
+
+__all__ = ["dpo_flags", "sft_flags"]
 
 TASK = "--eval_tasks=zero_scores"
 SHAPE = ("--hidden_size", "--num_", "--tie")
@@ -33,6 +36,11 @@ SHAPE = ("--hidden_size", "--num_", "--tie")
 @pytest.fixture(autouse=True)
 def _quick_start(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"))
 
 
 def train(flags: list[str], *more: str, task: object | None = None) -> int:
@@ -203,6 +211,48 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tiny_run: list[str], monkeypa
     assert [one["step"] for one in records(tiny_run, "eval")] == [2, 4]
     assert sum(computed) == 2 * len(asked)
     assert [one["reason"] for one in records(tiny_run, "end")] == ["stopped on request"] * 2 + ["finished"]
+
+
+def test_texts_are_broken_off_by_a_request_to_stop(tiny_run: list[str], tmp_path: Path, monkeypatch):
+    """And written again as they would have been, also with a cache that holds one of them."""
+    undisturbed = elsewhere(tiny_run, tmp_path / "undisturbed")
+    assert train(undisturbed, "--eval_tasks=zero_texts") == 0
+    looks = 0
+
+    def look(self, is_writing, has_failed):
+        nonlocal looks
+        looks += is_writing
+        if looks == 3:
+            (out_dir(tiny_run) / "stop").touch()
+        usual(self, is_writing, has_failed)
+
+    usual = eval_rounds._Looks._look
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_rounds, "_BEAT_S", 0.0)
+        patch.setattr(eval_rounds._Looks, "_look", look)
+        assert train(tiny_run, "--eval_tasks=zero_texts") == 75
+    assert looks == 3 and not records(tiny_run, "eval")
+    monkeypatch.setitem(live_writing._CACHE_BYTES, "cpu", 1)
+    assert train(tiny_run, "--resume") == 0
+    assert samples_of(tiny_run, 4, "zero_texts") == samples_of(undisturbed, 4, "zero_texts")
+
+
+@pytest.mark.parametrize("kind, more", [("sft", []), ("sft", ["--lora_r=2"]), ("dpo", ["--lora_r=2"])])
+def test_runs_that_learn_to_answer_are_evaluated_by_their_template(
+    kind: str, more: list[str], sft_flags: list[str], dpo_flags: list[str], tmp_path: Path
+):
+    flags = sft_flags if kind == "sft" else dpo_flags
+    without, with_tasks = elsewhere(flags, tmp_path / "without"), elsewhere(flags, tmp_path / "with")
+    assert train(without, *more) == 0
+    tasks = f"{TASK},zero_texts,zero_stopping"
+    assert train(with_tasks, *more, tasks, "--eval_interval=2", "--eval_limit=2") == 0
+    assert not records(with_tasks, "eval_failed")
+    assert {one["task"] for one in records(with_tasks, "eval")} == {"zero_scores", "zero_texts", "zero_stopping"}
+    assert losses(with_tasks) == losses(without)
+    step = records(with_tasks, "train")[-1]["step"]
+    assert same_bits(final_state(with_tasks, step), final_state(without, step))
+    found = read_results(out_dir(with_tasks) / "eval" / f"step-{step}")
+    assert "--chat" in found.commands[-1] and found.tasks["zero_stopping"].settings["chat"]
 
 
 def test_after_two_deaths_an_evaluation_is_left_out(tiny_run: list[str], monkeypatch):
