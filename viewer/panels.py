@@ -1,6 +1,6 @@
 """The panels, and which of them a view shows for some runs. To add one, add an entry to one of the tuples below."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from runs.history import Snapshot
@@ -53,19 +53,11 @@ def _pair(key: str, title: str, prefix: str, usual: bool = False) -> Panel:
     return Panel(key, title, curves, usual)
 
 
-def _sources(present: Collection[tuple[str, str]]) -> list[Panel]:
-    """Panels with the losses of a mixture's sources.
-
-    Args:
-        present: (table, metric) of what there is to show.
-    """
-    panels = []
-    for table, title in (("train", "loss by source"), ("valid", "loss by source, validation")):
-        names = sorted(metric for one, metric in present if one == table and metric.startswith("loss/"))
-        if names:
-            curves = tuple(Curve(table, metric, metric.partition("/")[2]) for metric in names)
-            panels.append(Panel(f"{table}_sources", title, curves, usual=True))
-    return panels
+def _sources(metrics: Sequence[str]) -> list[Panel]:
+    """A panel for each source of a mixture, whose losses `loss/NAME` are."""
+    return [
+        _both(metric, f"loss on {metric.partition('/')[2]}", usual=len(metrics) <= _USUAL_SOURCES) for metric in metrics
+    ]
 
 
 def _score(path: str) -> Panel:
@@ -110,6 +102,8 @@ DPO = (
 SAVING = (Panel("held_up", "saving: training held up, ms", (Curve("save", "held_up", factor=1000),)),)
 PANELS = (*LEARNING, *SPEED, *COMPRESSION, *EXPERTS, *DPO, *SAVING)
 """All known panels, in the order in which they are listed and drawn."""
+_USUAL_SOURCES = 6
+"""With more sources in a mixture, their panels are shown on request alone."""
 _HIDDEN = {"step", "time", "launch", "tokens"}
 _TASKS = {"pretrain": "pretraining", "sft": "SFT", "dpo": "DPO"}
 
@@ -124,7 +118,8 @@ def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
         for metric in columns
         if metric not in _HIDDEN
     }
-    panels = [*PANELS, *_sources(present)]
+    losses = sorted({metric for table, metric in present if table in ("train", "valid") and metric[:5] == "loss/"})
+    panels = [*PANELS, *_sources(losses)]
     known = {(curve.table, curve.metric) for panel in panels for curve in panel.curves}
     found = [panel for panel in panels if any((curve.table, curve.metric) in present for curve in panel.curves)]
     others = sorted(metric for table, metric in present - known if table == "train")

@@ -583,9 +583,15 @@ def test_a_run_of_one_step_can_be_seen():
     assert any(line.get_marker() == "o" and len(line.get_xdata()) == 1 for line in solid)
 
 
-def test_losses_of_sources_share_a_panel():
-    records = [line("train", step=n, time=1000 + n, loss=5.0, **{"loss/web": 4.0, "loss/code": 6.0}) for n in (1, 2)]
-    found = snapshot_of(line("start", step=0, time=1000), *records)
-    assert [panel.key for panel in choose(available([found]), USUAL)] == ["loss", "train_sources"]
-    (panel,) = [panel for panel in drawn([found]) if panel.panel.key == "train_sources"]
-    assert [curve.name for curve in panel.panel.curves] == ["code", "web"]
+def test_each_source_of_a_mixture_has_a_panel():
+    def losses(table: str, step: int, names: Sequence[str]) -> bytes:
+        return line(table, step=step, time=1000 + step, loss=5.0, **{f"loss/{name}": 4.0 for name in names})
+
+    def shown(names: Sequence[str]) -> list[str]:
+        records = [losses("train", 1, names), losses("train", 2, names), losses("valid", 2, names)]
+        return keys([snapshot_of(line("start", step=0, time=1000), *records)])
+
+    assert shown(["web", "code"]) == ["loss", "loss/code", "loss/web"]
+    # Many would leave no room for anything else.
+    assert shown([f"source{n}" for n in range(20)]) == ["loss"]
+
