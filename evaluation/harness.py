@@ -68,8 +68,10 @@ class Prepared:
         metrics = self._metrics[name] = found["results"][name]
         self._better |= task.higher_is_better()
         if self._lm.num_shortened:
-            logger.warning("%s: %d prompts are longer than the model's context, and lost their beginning", name,
-                           self._lm.num_shortened)  # fmt: skip
+            logger.warning(
+                "%s: prompts that are longer than the model's context lost their beginning: %d", name,
+                self._lm.num_shortened,
+            )  # fmt: skip
         result = TaskResult(
             name, self._figures(metrics), version=str(task.VERSION), settings=self._settings(task),
             data=fingerprint([*task.eval_docs, *(getattr(getattr(task, "sampler", None), "df", None) or ())]),

@@ -16,6 +16,8 @@ def table_of(results: Iterable[TaskResult]) -> str:
         for metric, figure in result.figures.items():
             rows.append((*shown, metric, number(figure.value), _interval(figure), f"{figure.count:,}"))
             shown = ("", "")
+        if left_out := result.settings.get("left_out"):
+            rows.append((*shown, f"left out, as they are longer than the model's context: {left_out}", "", "", ""))
         if not result.figures:
             rows.append((*shown, f"none: {result.settings.get('reason', 'it found nothing')}", "", "", ""))
     widths = [max(len(row[place]) for row in rows) for place in range(len(_HEADER))]
@@ -34,6 +36,8 @@ def figures_of(result: TaskResult) -> str:
         if "/" not in metric:
             interval = _interval(figure)
             found.append(f"{metric} {number(figure.value)}" + (f" (95%: {interval})" if interval else ""))
+    if left_out := result.settings.get("left_out"):
+        found.append(f"{left_out} questions left out, which are longer than the context")
     return ", ".join(found) or str(result.settings.get("reason", "it found nothing"))
 
 

@@ -141,7 +141,7 @@ def ancestors_of(run: Run) -> tuple[list[Run], str]:
     while len(found) < _MOST_PARENTS:
         given = child.config.get("init_from")
         if not isinstance(given, str) or not given:
-            return found, "" if given is None else f"{child.name} began with new weights"
+            return found, "" if given is None else f"the run {child.name} began with new weights"
         parent = run_of(child.found(given))
         if parent is None:
             place = child.found(given)

@@ -134,7 +134,6 @@ def scores(columns: Sequence[Scored]) -> tuple[Section, list[str]]:
         blocks += [Text(f"{name} has no figures of {task}: {reason or 'no reason is recorded'}.", "note")
                    for task, reason in empty.items()]  # fmt: skip
     warnings = list(_unlike(columns, names))
-    blocks += [Text(warning, "bad") for warning in warnings]
     if len(columns) > 1:
         rows = list(_differences(columns))
         if rows:
@@ -195,6 +194,10 @@ def _settings(task: TaskResult) -> dict[str, Any]:
     return dict(task.settings) | {"version": task.version, "data": task.data[:12]}
 
 
+_CHOSEN = ("limit", "num_fewshot", "chat", "system", "seed")
+"""Settings that a user gives."""
+
+
 def _unlike(columns: Sequence[Scored], names: Sequence[str]) -> Iterator[str]:
     """Tasks that were not run alike. Tasks that differ in the same way share a sentence."""
     found: dict[str, list[str]] = {}
@@ -206,8 +209,10 @@ def _unlike(columns: Sequence[Scored], names: Sequence[str]) -> Iterator[str]:
         keys = dict.fromkeys(key for settings in given.values() for key in settings)
         different = [key for key in keys if len({_spelled(settings.get(key)) for settings in given.values()}) > 1]
         if different:
+            # What follows from a choice, such as the number of questions left out, explains nothing.
+            chosen = [key for key in different if key in _CHOSEN] or different
             told = "; ".join(
-                f"{model} with {', '.join(f'{key}={_spelled(settings.get(key))}' for key in different)}"
+                f"{model} with {', '.join(f'{key}={_spelled(settings.get(key))}' for key in chosen)}"
                 for model, settings in given.items()
             )
             found.setdefault(told, []).append(name)

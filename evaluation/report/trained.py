@@ -285,7 +285,7 @@ def _mixture(run: Run, directory: Path) -> str:
             for name, count, size in told
         )
     except (ValueError, LookupError, TypeError):
-        return recorded(directory, "mixture") or NOT_RECORDED
+        return recorded(directory, "mixture") or "one directory"
 
 
 def recorded(directory: Path, key: str) -> str:

@@ -124,7 +124,7 @@ def test_a_real_run_is_described_and_audited(tiny_run: list[str], data_dir: Path
     tokens = int(re.search(r"([\d,]+) tokens", trained["its content"])[1].replace(",", ""))
     assert 0.5 * manifest["documents"] < documents < manifest["documents"] and tokens < manifest["tokens"]
     assert trained["tokenizer"].endswith(manifest["tokenizer_fingerprint"][:12])
-    assert trained["mixture"] == trained["decontamination"] == "not recorded"
+    assert trained["mixture"] == "one directory" and trained["decontamination"] == "not recorded"
     assert trained["epochs"].startswith(f"{16 / int(trained['samples'].split()[0].replace(',', '')):.3f} (16 of ")
     assert card.remarks == [] and dict(card.summary.rows)["audit"] == "each sample was taken once"
     assert "every position was taken once, in order" in said(card, "Audit")
@@ -185,7 +185,7 @@ def test_a_chain_of_runs_is_shown_whole(tmp_path: Path, monkeypatch: pytest.Monk
         run.finish(SHAPE)
     (tmp_path / "out" / "sft" / "ckpt" / "step-4").mkdir(parents=True)
     before, where = ancestors_of(read_run(tmp_path / "out" / "dpo"))
-    assert [run.name for run in before] == ["sft", "run"] and where == "run began with new weights"
+    assert [run.name for run in before] == ["sft", "run"] and where == "the run run began with new weights"
     card = gather(tmp_path / "out" / "dpo")
     assert "run (pretraining) -> sft (SFT on conversations) -> dpo (DPO on preferences)" in said(
         card, "What was trained on what"
