@@ -9,11 +9,12 @@ A run has such a folder for each evaluated step, `eval/step-N` (runs/layout.py).
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from utils.files import atomic_write
 
 RESULTS_NAME = "results.json"
 VERSION = 1
@@ -92,12 +93,10 @@ def write_results(directory: Path, results: Results) -> Path:
         OSError: the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path, new = directory / RESULTS_NAME, directory / f"{RESULTS_NAME}.tmp"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump({"version": VERSION} | asdict(results), file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
+    path = directory / RESULTS_NAME
+    # A task's settings may hold what YAML knows and JSON does not, such as a date.
+    text = json.dumps({"version": VERSION} | asdict(results), indent=1, ensure_ascii=False, default=str)
+    atomic_write(path, text.encode())
     return path
 
 
@@ -137,12 +136,8 @@ def write_samples(directory: Path, task: str, records: Iterable[Mapping[str, Any
         OSError: the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = samples_path(directory, task)
-    new = path.with_name(path.name + ".tmp")
-    with new.open("w", encoding="utf-8", errors="surrogatepass") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-    new.rename(path)
+    lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    atomic_write(samples_path(directory, task), "".join(lines).encode("utf-8", "surrogatepass"), durable=False)
 
 
 def mean_figure(values: Iterable[float], higher_is_better: bool = True) -> Figure:

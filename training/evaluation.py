@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -115,7 +115,9 @@ class Evaluations:
         except (BatchFailed, OSError, ValueError, MemoryError) as error:
             # Each comes between collectives.
             problem = _told(error)
-            folder.end()
+            # A full disk takes no end, either, and the other ranks must hear of it all the same.
+            with suppress(OSError):
+                folder.end()
         rounds.end(problem, stopped)
         thread.leave(_LEAVE_S)
         return problem, stopped

@@ -25,7 +25,7 @@ from tests.eval_tasks import Programs, Scores, Texts, plain_scores, registered, 
 from tests.folder_answerer import FolderAnswerer
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
 from tests.unit.test_sft_train import Home, dpo_flags, sft_flags
-from training import eval_rounds, evaluation
+from training import eval_folder, eval_rounds, evaluation
 
 __all__ = ["dpo_flags", "sft_flags"]
 
@@ -179,6 +179,21 @@ def test_a_lack_of_memory_in_a_forward_pass_is_a_warning(tiny_run: list[str], tm
     assert [one["step"] for one in records(tiny_run, "eval")] == [4]
     assert losses(tiny_run) == losses(without)
     assert same_bits(final_state(tiny_run, 4), final_state(without, 4))
+
+
+def test_a_disk_that_fills_up_is_a_warning(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    write, count = eval_folder.atomic_write_json, 0
+
+    def fill_up(*arguments: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise OSError("No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(eval_folder, "atomic_write_json", fill_up)
+    assert train(tiny_run, TASK, "--eval_limit=2") == 0
+    assert "No space left on device" in log_of(tiny_run)
 
 
 def test_generators_are_left_as_they_were():

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def test_commands_at_the_same_time_keep_each_others_figures(tmp_path: Path):
     # Samples of an earlier evaluation do not stay beside figures that are not theirs.
     one.take(Outcome(TaskResult("a", {}), []))
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples-b.jsonl"}
+
+
+def test_what_json_does_not_know_is_written_as_text(tmp_path: Path):
+    settings = {"generation": {"until": [date(2026, 12, 1)]}}
+    EvaluationFolder(tmp_path, {}, "one").take(Outcome(TaskResult("a", {}, settings=settings), [{"id": "\ud800"}]))
+    assert read_results(tmp_path).tasks["a"].settings == {"generation": {"until": ["2026-12-01"]}}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples-a.jsonl"}
 
 
 def test_figures_of_another_model_are_not_mixed(
