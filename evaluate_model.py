@@ -104,18 +104,25 @@ def run(
     folder = EvaluationFolder(directory, model, command)
     answerer = Progress(EngineAnswerer(own.served, own.engine, own.served.active))
     journal = Journal(answerer, directory, model["fingerprint"])
-    results = []
+    results, failure = [], None
     try:
         for outcome in evaluate(names, journal, options):
             folder.take(outcome)
             results.append(outcome.result)
             tell(f"{outcome.result.name}: {figures_of(outcome.result)} ({duration(outcome.result.seconds)})")
+    except ValueError as error:
+        # The tasks that ended are told first.
+        failure = error
     finally:
         journal.close()
+    if failure is not None and not results:
+        raise failure
     if journal.num_known:
         tell(f"{journal.num_known:,} answers were known from before, {journal.num_asked:,} are new")
     print(table_of(results), flush=True)
     tell(f"all of it is in {directory}")
+    if failure is not None:
+        raise failure
 
 
 def facts_of(args: argparse.Namespace, own: "Opened", checkpoint: Path, adapter: Path | None) -> dict[str, Any]:

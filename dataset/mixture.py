@@ -17,7 +17,7 @@ from dataset.format import BinHeader
 from dataset.mixture_spec import MixtureSpec
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset, as_tensors
-from dataset.shares import Schedule, plan, schedule_from_json, schedule_to_json
+from dataset.shares import Schedule, plan, require_rising, schedule_from_json, schedule_to_json
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +109,7 @@ class MixtureDataset:
             ValueError: shares are impossible, or the sources do not suffice.
         """
         wishes = self.spec.wishes(total)
+        require_rising([begin for begin, _ in wishes])
         limits = [
             None if source.epochs is None else int(source.epochs * len(part))
             for source, part in zip(self.spec.sources, self.parts)

@@ -171,8 +171,7 @@ def plan(
         ValueError: shares are impossible, or positions do not rise.
     """
     asked = list(wishes)
-    if any(later[0] <= earlier[0] for earlier, later in zip(asked, asked[1:])):
-        raise ValueError(f"phases must begin one after the other, got {', '.join(str(start) for start, _ in asked)}")
+    require_rising([start for start, _ in asked])
     for _, shares in asked:
         whole_weights(shares)
     phases: list[Phase] = []
@@ -194,6 +193,15 @@ def plan(
             if position is not None:
                 now = phase.counts(position)
     return Schedule(tuple(phases))
+
+
+def require_rising(starts: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: phases do not begin one after the other.
+    """
+    if any(later <= earlier for earlier, later in zip(starts, starts[1:])):
+        raise ValueError(f"phases must begin one after the other, got {', '.join(map(str, starts))}")
 
 
 def _refuse_empty() -> Schedule:

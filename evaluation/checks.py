@@ -44,6 +44,10 @@ def check_tasks(flags: EvalConfig, chat: bool, cut_by: str) -> None:
                 f"--eval_tasks: {task.name} runs programs that the model wrote: allow it by "
                 f"--eval_allow_code_execution, or leave it out"
             )
+    try:
+        chosen.require_use_of(options_of(flags, chat))
+    except ValueError as error:
+        raise ValueError(as_flags_of_training(str(error))) from error
     if chosen.others and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f"--eval_tasks: {', '.join(chosen.others)} needs the package lm-eval: pip install -r requirements-eval.txt "

@@ -43,17 +43,24 @@ class Prepared:
         """Outcome of each task, then of the groups that it completes.
 
         Raises:
-            ValueError: the model cannot be asked this.
+            ValueError: tasks have failed; after all others.
         """
+        failures: list[str] = []
         groups = dict(self._found.groups)
         for name, task in self._found.tasks.items():
-            with _surroundings(self._options):
-                outcome = self._evaluate(name, task)
+            try:
+                with _surroundings(self._options):
+                    outcome = self._evaluate(name, task)
+            except ValueError as error:
+                failures.append(str(error) if name in str(error) else f"{name}: {error}")
+                continue
             yield outcome
             for one, group in list(groups.items()):
                 if all(inner.task_name in self._metrics for inner in group.get_all_tasks()):
                     del groups[one]
                     yield self._aggregate(one, group)
+        if failures:
+            raise ValueError("; ".join(failures))
 
     def _evaluate(self, name: str, task: Any) -> Outcome:
         from evaluation import code_tasks

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from utils.files import atomic_write
 
@@ -125,8 +126,7 @@ def read_results(directory: Path) -> Results:
 
 def samples_path(directory: Path, task: str) -> Path:
     """Where the records of a task's samples lie. A task of a user may have any name."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
-    return directory / f"samples-{safe}.jsonl"
+    return directory / f"samples-{quote(task, safe='')}.jsonl"
 
 
 def write_samples(directory: Path, task: str, records: Iterable[Mapping[str, Any]]) -> None:

@@ -27,8 +27,9 @@ class Chosen:
         Raises:
             ValueError: an option says something that none of the tasks would heed.
         """
-        if options.num_fewshot is not None and not self.others:
-            raise ValueError("--num_fewshot is for tasks of lm-eval: those that begin with zero_ have their own")
+        if options.num_fewshot is not None and not self.others and not any(task.takes_examples for task in self.own):
+            those = ", ".join(task.name for task in TASKS.values() if task.takes_examples)
+            raise ValueError(f"--num_fewshot is for tasks of lm-eval, and for {those}: leave it out")
         if options.texts and not any(task.name == "zero_bits_per_byte" for task in self.own):
             raise ValueError("--texts is for the task zero_bits_per_byte: add it to --tasks, or leave --texts out")
 
@@ -60,7 +61,8 @@ def evaluate(names: Sequence[str], answerer: Answerer, options: Options) -> Iter
 
     Raises:
         ValueError: a task is unknown, its data are missing, or the model cannot be asked it. Whatever can be known
-            beforehand is found before the first task begins.
+            beforehand is found before the first task begins; a task that fails later costs the others nothing, and is
+            told after them.
     """
     chosen = choose(names)
     for task in chosen.own:
@@ -75,7 +77,18 @@ def evaluate(names: Sequence[str], answerer: Answerer, options: Options) -> Iter
         from evaluation.harness import prepare
 
         prepared = prepare(chosen.others, answerer, options)
+    failures: list[str] = []
     for task in chosen.own:
-        yield task.run(answerer, options)
+        try:
+            outcome = task.run(answerer, options)
+        except ValueError as error:
+            failures.append(f"{task.name}: {error}")
+        else:
+            yield outcome
     if prepared is not None:
-        yield from prepared.run()
+        try:
+            yield from prepared.run()
+        except ValueError as error:
+            failures.append(str(error))
+    if failures:
+        raise ValueError("; ".join(failures))

@@ -48,6 +48,8 @@ class OwnTask(Protocol):
     version: str
     needs_writing: bool
     """Whether it says nothing of a model that cannot write. Others leave out the figures that need it."""
+    takes_examples: bool
+    """Whether it heeds `num_fewshot`."""
     runs_code: bool
     """Whether it says nothing without `allow_code_execution`."""
 

@@ -37,7 +37,7 @@ class Scores:
         error: raised in place of the figures.
     """
 
-    version, needs_writing, runs_code = "1", False, False
+    version, needs_writing, runs_code, takes_examples = "1", False, False, False
 
     def __init__(self, name: str = "zero_scores", error: BaseException | None = None):
         self.name, self.error = name, error
@@ -61,7 +61,7 @@ class Scores:
 class Texts:
     """Lets the model write."""
 
-    name, version, needs_writing, runs_code = "zero_texts", "1", True, False
+    name, version, needs_writing, runs_code, takes_examples = "zero_texts", "1", True, False, False
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         prompts = [one.context[:20] for one in requests(answerer.tokenizer.vocab_size, answerer.context, 3)]

@@ -143,11 +143,27 @@ def _rows_at_once(file: pyarrow.parquet.ParquetFile, piece: Piece, columns: list
     return max(at_once, 1)
 
 
+def _in_microseconds(column: pyarrow.Array) -> pyarrow.Array:
+    """A column whose times Python can hold; without this, it would depend on pandas, which holds nanoseconds, whether
+    a row can be read.
+
+    Raises:
+        ValueError: a time has nanoseconds.
+    """
+    kind = column.type
+    if pyarrow.types.is_timestamp(kind) and kind.unit == "ns":
+        return column.cast(pyarrow.timestamp("us", kind.tz))
+    if pyarrow.types.is_duration(kind) and kind.unit == "ns":
+        return column.cast(pyarrow.duration("us"))
+    return column
+
+
 def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Unreadable]:
     """Rows of a batch as Python objects. If Python cannot hold some of them, they are converted one by one."""
     if batch.num_columns and batch.nbytes <= limits.LONGEST_RECORD:
         try:
-            return iter(batch.to_pylist())
+            columns = [_in_microseconds(column) for column in batch.columns]
+            return iter(pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist())
         except _NO_VALUE:
             pass
     return (_row_of(batch.slice(index, 1)) for index in range(batch.num_rows))
@@ -171,7 +187,7 @@ def _row_of(batch: pyarrow.RecordBatch) -> dict | Unreadable:
             size += values.nbytes
             if size > limits.LONGEST_RECORD:
                 return too_long()
-            row[name] = values[0].as_py()
+            row[name] = _in_microseconds(values)[0].as_py()
         except _NO_VALUE as error:
             return Unreadable(f'the column "{name}": {one_line(error)}')
     return row

@@ -48,14 +48,14 @@ def questions(num_fewshot: int, seed: int) -> list[Sum]:
     Raises:
         ValueError: there are not so many examples.
     """
-    if num_fewshot >= _DRAWN - _EACH:
-        raise ValueError(f"zero_arithmetic has fewer than {_DRAWN - _EACH} examples for --num_fewshot={num_fewshot}")
+    if num_fewshot > _DRAWN - _EACH:
+        raise ValueError(f"zero_arithmetic has {_DRAWN - _EACH} examples, not --num_fewshot={num_fewshot}")
     found = []
     drawn = {(digits, sign): _pairs(digits, sign) for digits in DIGITS for sign in OPERATIONS}
     for number in range(_EACH):
         for (digits, sign), pairs in drawn.items():
             rng = Random(f"arithmetic example {sign} {digits} {number} {seed}")
-            shown = rng.sample([pair for pair in pairs[_EACH:] if pair != pairs[number]], num_fewshot)
+            shown = rng.sample(pairs[_EACH:], num_fewshot)
             text = "".join(f"{_left(pair, sign)} {_right(pair, sign)}\n" for pair in shown)
             found.append(Sum(digits, sign, text + _left(pairs[number], sign), _right(pairs[number], sign)))
     return found
@@ -64,6 +64,7 @@ def questions(num_fewshot: int, seed: int) -> list[Sum]:
 class ArithmeticTask:
     name, version = "zero_arithmetic", "1"
     needs_writing = runs_code = False
+    takes_examples = True
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

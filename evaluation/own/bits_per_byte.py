@@ -24,6 +24,7 @@ from utils.paths import absent
 class BitsPerByteTask:
     name, version = "zero_bits_per_byte", "1"
     needs_writing = runs_code = False
+    takes_examples = False
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

@@ -66,6 +66,7 @@ def questions() -> list[Function]:
 class CompletionTask:
     name, version = "zero_completion", "1"
     needs_writing, runs_code = True, False
+    takes_examples = False
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

@@ -72,6 +72,7 @@ def questions(num_fewshot: int, seed: int) -> list[Copying]:
 class CopyingTask:
     name, version = "zero_copying", "1"
     needs_writing = runs_code = False
+    takes_examples = True
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

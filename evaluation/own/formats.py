@@ -103,6 +103,7 @@ def questions(num_fewshot: int, seed: int) -> list[Formatted]:
 class FormatTask:
     name, version = "zero_format", "1"
     needs_writing, runs_code = True, False
+    takes_examples = True
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

@@ -64,6 +64,7 @@ def needle(share: str, number: int, most: int, length_of: Callable[[str], int]) 
 class NeedleTask:
     name, version = "zero_needle", "1"
     needs_writing = runs_code = False
+    takes_examples = False
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

@@ -76,6 +76,7 @@ def questions() -> list[Ending]:
 class StoppingTask:
     name, version = "zero_stopping", "1"
     needs_writing = runs_code = False
+    takes_examples = False
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """

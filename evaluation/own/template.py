@@ -105,6 +105,7 @@ def questions(spelling: Spelling) -> list[Attack]:
 class TemplateTask:
     name, version = "zero_template", "1"
     needs_writing, runs_code = True, False
+    takes_examples = False
 
     def run(self, answerer: Answerer, options: Options) -> Outcome:
         """Nothing but a reason, if the model has no chat template."""

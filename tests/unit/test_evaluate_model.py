@@ -149,7 +149,7 @@ def test_figures_of_another_model_are_not_mixed(
     [
         (("--tasks", "zero", "--limit", "0"), "--limit must be positive"),
         (("--tasks", "zero", "--num_fewshot", "-1"), "--num_fewshot must not be negative"),
-        (("--tasks", "zero", "--num_fewshot", "2"), "--num_fewshot is for tasks of lm-eval"),
+        (("--tasks", "zero_needle", "--num_fewshot", "2"), "--num_fewshot is for tasks of lm-eval, and for zero_"),
         (("--tasks", "zero_needle", "--texts", "mine=."), "--texts is for the task zero_bits_per_byte"),
         (("--tasks", "zero", "--seed", "-1"), "--seed must lie between"),
         (("--tasks", "zero", "--system", "Be brief."), "--system needs --chat"),

@@ -96,6 +96,12 @@ def test_a_file_with_phases_and_limits(sources: dict[str, Path], tmp_path: Path)
     which = data.sources_of(data.ids_at(0, np.arange(2000)))
     assert (which[:20] == 1).sum() == 10 and (which == 1).sum() == int(1.5 * size)
     assert not which[1800:].any()
+    file.write_text(
+        f"sources:\n  web: {sources['web']}\n"
+        "phases:\n  - {web: 1}\n  - {from: 0.9, web: 1}\n  - {from: 9, web: 1}\n"
+    )
+    with pytest.raises(ValueError, match="one after the other, got 0, 1800, 9"):
+        mixture(str(file), total=2000)
     # Its end is found before the run, not in it.
     file.write_text(f"sources:\n  wiki: {{dir: {sources['wiki']}, epochs: 1}}\nshares: {{wiki: 1}}\n")
     with pytest.raises(ValueError, match=f"the mixture ends after {size} samples.*and the run needs 2,000"):

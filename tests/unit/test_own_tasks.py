@@ -128,6 +128,9 @@ def test_all_tasks_keep_the_contract():
         "zero_completion", "zero_format", "zero_template"
     ]  # fmt: skip
     assert not any(task.runs_code for task in TASKS.values())
+    # Those that show examples, and no others, ask something else with more of them.
+    for name, task in TASKS.items():
+        assert task.takes_examples == (name in ("zero_copying", "zero_arithmetic", "zero_format"))
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])

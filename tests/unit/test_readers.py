@@ -962,6 +962,7 @@ def test_second_member_that_is_none(tmp_path: Path, compression: str):
 
 ODD_COLUMNS = {
     "nanoseconds": pyarrow.array([1000, 1_700_000_000_123_456_789, 3000], pyarrow.timestamp("ns")),
+    "duration in nanoseconds": pyarrow.array([1000, 1001, 3000], pyarrow.duration("ns")),
     "no time zone": pyarrow.array([1, 2, 3], pyarrow.timestamp("us", "Mars/Phobos")),
     "long duration": pyarrow.array([1, 2**62, 3], pyarrow.duration("ms")),
     "before year 1": pyarrow.array([1, -(10**6), 3], pyarrow.int32()).view(pyarrow.date32()),

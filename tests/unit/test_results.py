@@ -51,6 +51,7 @@ def test_files(tmp_path: Path) -> None:
     assert read_results(tmp_path) == results
     assert [path.name for path in tmp_path.iterdir()] == [RESULTS_NAME]
     write_samples(tmp_path, "a/b", [{"id": 1, "text": "\ud800 é"}])
+    assert samples_path(tmp_path, "a/b") != samples_path(tmp_path, "a_b")
     assert json.loads(samples_path(tmp_path, "a/b").read_text("utf-8", "surrogatepass"))["text"] == "\ud800 é"
 
 

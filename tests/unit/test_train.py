@@ -543,8 +543,8 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], 
     monkeypatch.setattr(LossScaler, "__init__", lambda self, enabled: original(self, enabled, 2.0**28))
     told, factors, loss_sum = [], [], Decoder.loss_sum
 
-    def observed(self, hidden, labels, grad_scale):
-        loss = loss_sum(self, hidden, labels, grad_scale)
+    def observed(self, hidden, labels, grad_scale, *more):
+        loss = loss_sum(self, hidden, labels, grad_scale, *more)
         if loss.requires_grad:
             told.append(grad_scale)
             loss.register_hook(lambda upstream: factors.append(upstream.item()))
