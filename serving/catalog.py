@@ -8,6 +8,7 @@ from serving.fields import Mistake
 from serving.token_texts import TokenTexts
 from tokenizer import Tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
+from utils.small_files import shown
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Offer:
         """
         beyond = next((one for one in ids if not 0 <= one < self.tokenizer.vocab_size), None)
         if beyond is not None:
-            raise Mistake(f"{field} holds {beyond}, and the model's tokens have the ids 0 to "
+            raise Mistake(f"{field} holds {shown(beyond)}, and the model's tokens have the ids 0 to "
                           f"{self.tokenizer.vocab_size - 1}", field, "invalid_value")  # fmt: skip
 
 

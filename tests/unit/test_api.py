@@ -519,6 +519,7 @@ def test_tgi_refusals(place: Place, body: dict, sentence: str):
         ("/tokenize", {}, "give either prompt or messages"), ("/tokenize", {"prompt": 5}, "prompt must be a text"),
         ("/tokenize", {"prompt": "x", "messages": []}, "messages must be"), ("/tokenize", {"text": "x"}, "not a field"),
         ("/detokenize", {}, "tokens is missing"), ("/detokenize", {"tokens": [400]}, "tokens holds 400"),
+        ("/detokenize", {"tokens": [10**4000]}, "tokens holds 1000"),
         ("/detokenize", {"tokens": "x"}, "tokens must be a list"),
         ("/v1/embeddings", {"input": "x"}, "this server continues texts, and makes no embeddings"),
         ("/v1/responses", {"input": "x"}, "use /v1/chat/completions"),
