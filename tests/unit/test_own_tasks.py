@@ -253,8 +253,8 @@ def test_fewshot_and_seed_change_the_examples_alone():
         assert two != other
         for one, another, bare in zip(two, other, none, strict=True):
             assert one.text.endswith(bare.text) and another.text.endswith(bare.text)
-    with pytest.raises(ValueError, match="fewer than 32 examples"):
-        arithmetic.questions(32, 1)
+    with pytest.raises(ValueError, match="has 32 examples, not --num_fewshot=33"):
+        arithmetic.questions(33, 1)
 
 
 def test_copies_are_four_different_texts_of_one_length():
