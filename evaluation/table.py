@@ -8,16 +8,17 @@ _HEADER = ("task", "examples", "metric", "value", "95%", "questions")
 
 
 def table_of(results: Iterable[TaskResult]) -> str:
-    """A line for each figure: its value and 95% confidence interval, which need not have the value in its middle."""
-    rows = [_HEADER]
+    """A line for each figure: its value and 95% confidence interval, which need not have the value in its middle. Below
+    it, what was left out."""
+    rows, notes = [_HEADER], []
     for result in results:
         examples = result.settings.get("num_fewshot")
         shown = (result.name, "" if examples is None else str(examples))
         for metric, figure in result.figures.items():
             rows.append((*shown, metric, number(figure.value), _interval(figure), f"{figure.count:,}"))
             shown = ("", "")
-        if left_out := result.settings.get("left_out"):
-            rows.append((*shown, f"left out, as they are longer than the model's context: {left_out}", "", "", ""))
+        if result.figures and (left_out := result.settings.get("left_out")):
+            notes.append(f"{result.name}: questions left out, as they are longer than the model's context: {left_out}")
         if not result.figures:
             rows.append((*shown, f"none: {result.settings.get('reason', 'it found nothing')}", "", "", ""))
     widths = [max(len(row[place]) for row in rows) for place in range(len(_HEADER))]
@@ -26,7 +27,7 @@ def table_of(results: Iterable[TaskResult]) -> str:
         cells = [cell.ljust(width) if place in (0, 2, 4) else cell.rjust(width)
                  for place, (cell, width) in enumerate(zip(row, widths))]  # fmt: skip
         lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def figures_of(result: TaskResult) -> str:
@@ -36,8 +37,8 @@ def figures_of(result: TaskResult) -> str:
         if "/" not in metric:
             interval = _interval(figure)
             found.append(f"{metric} {number(figure.value)}" + (f" (95%: {interval})" if interval else ""))
-    if left_out := result.settings.get("left_out"):
-        found.append(f"{left_out} questions left out, which are longer than the context")
+    if found and (left_out := result.settings.get("left_out")):
+        found.append(f"left out {left_out} that are longer than the context")
     return ", ".join(found) or str(result.settings.get("reason", "it found nothing"))
 
 

@@ -180,7 +180,7 @@ def test_the_list_of_tasks_needs_no_model(capsys: pytest.CaptureFixture[str]):
 def test_the_table_shows_values_with_their_intervals():
     results = [
         TaskResult("mmlu", {"acc": Figure(0.25, 0.01, 14042)}, settings={"num_fewshot": 5}),
-        TaskResult("all_right", {"acc": Figure(1.0, 0.0, 8)}),
+        TaskResult("all_right", {"acc": Figure(1.0, 0.0, 8)}, settings={"left_out": 3}),
         TaskResult("wikitext", {"word_perplexity": Figure(12345.6, None, 62, False), "b": Figure(1.5, None, 62)}),
         TaskResult("zero_formats", {}, settings={"reason": "its context is too short"}),
     ]
@@ -191,6 +191,7 @@ def test_the_table_shows_values_with_their_intervals():
         "wikitext                word_perplexity                 1.235e+04                           62",
         "                        b                                  1.5000                           62",
         "zero_formats            none: its context is too short",
+        "all_right: questions left out, as they are longer than the model's context: 3",
     ]
 
 
